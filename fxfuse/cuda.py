@@ -1,0 +1,175 @@
+"""Serve fused calls on CUDA: one launch of our GEMM with the chain in its epilogue, or torch's
+GEMM and one interpreted pointwise kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from . import library
+from .library import POINTER_OPERAND, POINTER_OUTPUT, Library, OperandLayout, Pointers
+from .program import Program
+from .routes import (
+    FORCED,
+    Call,
+    NoKernel,
+    Recipe,
+    Result,
+    Run,
+    Tensors,
+    fixed,
+    flatten_rows,
+    gemm_of,
+    pointwise_run,
+    rows_and_columns,
+)
+
+Fixes = Sequence[tuple[int, "tuple[int, ...] | None"]]
+
+
+@functools.lru_cache(maxsize=64)
+def _initialised(lib: Library, device: int) -> str | None:
+    """Prepare the library for a device once; returns why it cannot serve it, if it cannot."""
+    with torch.cuda.device(device):
+        if lib.handle.fxfuse_cuda_init():
+            return str(lib.handle.fxfuse_last_error().decode())
+    return None
+
+
+def cuda_recipe(
+    call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
+) -> Recipe:
+    """The recipe of a call on a CUDA device. Raises routes.NoKernel where no kernel serves."""
+    device = call.x.get_device()
+    refusal = _initialised(lib, device)
+    if refusal is not None:
+        raise NoKernel(refusal)
+    if call.weight is not None and _choose(call, result, device) == "portable":
+        return _gemm_recipe(call, result, lib, layouts, fixes)
+    rows, columns = rows_and_columns(result.acc_shape)
+    stride = columns if call.weight is not None else flatten_rows(call.x)[1]
+    problem = lib.problem(
+        call.program,
+        rows,
+        columns,
+        result.acc_dtype,
+        stride,
+        layouts,
+        result.dtypes,
+        route="pointwise",
+    )
+    launch = _launcher(lib, problem, device, call.site)
+    route = "pointwise" if call.weight is None else "cublas"
+    return Recipe(route, None, pointwise_run(call, result, fixes, launch))
+
+
+def _choose(call: Call, result: Result, device: int) -> str:
+    """ "portable" or "cublas" for the product of a call."""
+    weight, x = call.weight, call.x
+    assert weight is not None
+    plain = (
+        not call.transposed
+        and weight.stride(-1) == 1
+        and weight.stride(0) >= weight.shape[1]
+        and x.dtype == weight.dtype == result.acc_dtype
+        and (call.bias is None or (call.bias.dtype == x.dtype and call.bias.is_contiguous()))
+        and x.shape[-1] > 0
+    )
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if not plain or (x.dtype == torch.float32 and not tf32):
+        return "cublas"
+    if FORCED:
+        return FORCED[-1]
+    rows, columns = rows_and_columns(result.acc_shape)
+    return preferred_route(torch.cuda.get_device_capability(device), rows, columns, x.shape[-1])
+
+
+def preferred_route(capability: tuple[int, int], m: int, n: int, k: int) -> str:
+    """The faster of our portable GEMM and cuBLAS plus a pointwise kernel, as measured.
+
+    From sm_90 on cuBLAS has instructions the portable kernel does without, and wins by more than
+    the second launch costs once the product is large; see benchmarks/.
+    """
+    if capability < (9, 0):
+        return "portable"
+    return "portable" if m * n * k <= 2**27 else "cublas"
+
+
+def _launcher(
+    lib: Library, problem: library.ProblemStruct, device: int, site: str
+) -> functools.partial[None]:
+    described = ctypes.byref(problem)
+    return functools.partial(_launch, lib, lib.handle.fxfuse_cuda_run, described, device, site)
+
+
+def _launch(lib, entry, described, device, site, pointers):  # type: ignore[no-untyped-def]
+    """Enqueue on the current stream of `device`."""
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+    if torch._C._cuda_getDevice() == device:
+        status = entry(described, pointers, stream)
+    else:
+        with torch.cuda.device(device):
+            status = entry(described, pointers, stream)
+    if status:
+        lib.check(status, f"fxfuse_cuda_run for {site}")
+
+
+def _gemm_recipe(
+    call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
+) -> Recipe:
+    rows, columns = rows_and_columns(result.acc_shape)
+    copies, lda = flatten_rows(call.x)
+    problem = lib.problem(
+        call.program,
+        rows,
+        columns,
+        call.x.dtype,
+        0,
+        layouts,
+        result.dtypes,
+        gemm_of(call, lda),
+        route="portable",
+    )
+    launch = _launcher(lib, problem, call.x.get_device(), call.site)
+    described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
+
+    def run(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
+    ) -> list:
+        assert weight is not None
+        x = x.contiguous() if copies else x
+        operands = fixed(operands, fixes)
+        pointers = Pointers()
+        pointers[0], pointers[1] = x.data_ptr(), weight.data_ptr()
+        if bias is not None:
+            pointers[2] = bias.data_ptr()
+        for index, operand in enumerate(operands):
+            pointers[POINTER_OPERAND + index] = operand.data_ptr()
+        outputs = []
+        for index, (shape, dtype) in described:
+            out = x.new_empty(shape, dtype=dtype)
+            pointers[POINTER_OUTPUT + index] = out.data_ptr()
+            outputs.append(out)
+        launch(pointers)
+        return outputs
+
+    return Recipe("portable", None, run)
+
+
+def kernel_name(lib: Library, program: Program, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+    """The portable kernel a product [m, k] x [n, k] takes on the current device."""
+    from .library import Gemm
+
+    problem = lib.problem(program, m, n, dtype, 0, [], [dtype], Gemm(k, k, k, False), "portable")
+    route, name = ctypes.c_int32(), ctypes.c_char_p()
+    status = lib.handle.fxfuse_cuda_choose(
+        ctypes.byref(problem), ctypes.byref(route), ctypes.byref(name)
+    )
+    lib.check(status, "fxfuse_cuda_choose")
+    return (name.value or b"").decode()
+
+
+__all__ = ["Run", "cuda_recipe", "kernel_name", "preferred_route"]

@@ -1,0 +1,109 @@
+"""Learn shapes by sending example inputs through an optimised model as fake tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from . import fused
+from .errors import OperandShapeError
+from .layout import classify, operand_shapes
+from .program import Operand, Program, Value, parse
+from .report import GroupReport, Report, Shape, with_shape
+from .routes import resolve_views
+
+
+def observe(model: nn.Module, inputs: Sequence[Any], report: Report) -> Report:
+    """The report with the shapes a call on `inputs` has. Nothing is computed.
+
+    Raises OperandShapeError where an operand does not broadcast; any other failure only leaves the
+    shapes unknown, with the reason in the report.
+    """
+    seen: dict[tuple[str, str], _Seen] = {}
+
+    def record(
+        program: str,
+        site: str,
+        acc: torch.Tensor,
+        k: int,
+        operands: Sequence[torch.Tensor],
+        views: Sequence[Sequence[int]],
+        outputs: Sequence[torch.Tensor],
+    ) -> None:
+        seen[site, program] = _Seen(acc, k, tuple(operands), views, tuple(outputs))
+
+    fused.OBSERVERS.append(record)
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        convert = lambda t: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t  # noqa: E731
+        with torch.no_grad(), mode:
+            model(*tree_map(convert, tuple(inputs)))
+    except OperandShapeError:
+        raise
+    except Exception as error:  # whatever the model's own code raises on fake tensors
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return replace(report, shapes_unknown=f"the model does not run on fake tensors: {reason}")
+    finally:
+        fused.OBSERVERS.pop()
+    groups = tuple(
+        _measured(g, seen[g.site, g.program]) if (g.site, g.program) in seen else g
+        for g in report.groups
+    )
+    return replace(report, groups=groups)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One fused call on fake tensors."""
+
+    acc: torch.Tensor
+    k: int
+    operands: tuple[torch.Tensor, ...]
+    views: Sequence[Sequence[int]]
+    outputs: tuple[torch.Tensor, ...]
+
+
+def _measured(group: GroupReport, seen: _Seen) -> GroupReport:
+    shape = tuple(seen.acc.shape)
+    program = parse(group.program)
+    against = operand_shapes(program, shape, resolve_views(seen.views, shape))
+    kinds = []
+    for index, operand in enumerate(seen.operands):
+        layout = classify(tuple(operand.shape), operand.stride(), operand.dtype, against[index])
+        kinds.append(layout.kind if layout else "full (copied)")
+    m, n, k = math.prod(shape[:-1]), shape[-1], seen.k
+    matrix = m * n * seen.acc.element_size()
+    product = (m * k + n * k) * seen.acc.element_size() if k else 0
+    extras = sum(_bytes(o) for o in seen.operands)
+    stored = sum(_bytes(o) for o in seen.outputs)
+    # A fused kernel reads the factors (or the matrix) and the operands, and writes the outputs;
+    # eager writes the product, and for every op reads its arguments and writes its result.
+    after = (product or matrix) + extras + stored
+    before = product + (matrix if k else 0)
+    before += _eager_bytes(parse(group.as_written), matrix, seen.operands)
+    return with_shape(group, Shape(m, n, k, before, after), tuple(kinds))
+
+
+def _eager_bytes(program: Program, matrix: int, operands: Sequence[torch.Tensor]) -> int:
+    total = 0
+    for instruction in program.instructions:
+        if instruction.op in ("copy", "view", "dropout"):
+            continue
+        total += matrix
+        for arg in instruction.args:
+            if isinstance(arg, Value):
+                total += matrix
+            elif isinstance(arg, Operand) and arg.index < len(operands):
+                total += _bytes(operands[arg.index])
+    return total
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

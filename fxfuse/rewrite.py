@@ -1,0 +1,113 @@
+"""Carry out a plan: replace each group's nodes by one fused call."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import Any
+
+from torch import fx
+
+from .anchors import LinearCall, TensorSource, transposed_inner
+from .fused import fused_linear, fused_pointwise
+from .match import FusionGroup
+from .patterns import Attribute
+from .plan import RegionPlan, anchor_name
+
+
+def site_of(plan: RegionPlan, group: FusionGroup) -> str:
+    """How a fused call names itself in messages and in the report: `fc1 (model.py:12)`."""
+    node = group.anchor.node
+    source = node.meta.get("source")
+    name = anchor_name(plan.region, node)
+    return f"{name} ({source})" if source else name
+
+
+def rewrite_region(plan: RegionPlan) -> fx.Graph:
+    """The region's graph with its groups replaced, in place. Parameters stay where they are."""
+    graph = plan.region.graph
+    renamed: dict[fx.Node, fx.Node] = {}
+    for group in plan.groups:
+        _replace(graph, group, site_of(plan, group), renamed)
+    graph.lint()
+    return graph
+
+
+def _replace(
+    graph: fx.Graph, group: FusionGroup, site: str, renamed: dict[fx.Node, fx.Node]
+) -> None:
+    """Insert the fused call of a group and erase what it replaces.
+
+    renamed: results that earlier groups' outputs became; extended by this group's.
+    """
+    replaced = set(group.nodes)
+    if not isinstance(group.anchor, LinearCall):
+        replaced.discard(group.anchor.node)
+    with graph.inserting_before(_insertion_point(replaced)):
+        call = _call(graph, group, site, renamed)
+        call.meta = dict(group.anchor.node.meta)
+        results = [call]
+        if len(group.outputs) > 1:
+            results = [
+                graph.call_function(operator.getitem, (call, i)) for i in range(len(group.outputs))
+            ]
+    for node, result in zip(group.outputs, results, strict=True):
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in replaced)
+        renamed[node] = result
+    for node in group.metadata:
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source in replaced:
+            node.replace_input_with(source, results[0])
+    feeds = {source for node in replaced for source in node.all_input_nodes} - replaced
+    for node in sorted(replaced, reverse=True):
+        graph.erase_node(node)
+    _erase_unused(graph, feeds)
+
+
+def _insertion_point(replaced: set[fx.Node]) -> fx.Node:
+    """The node the call goes before: the first that needs a result, or the group's last."""
+    users = (u for n in replaced for u in n.users if u not in replaced)
+    return min([max(replaced), *users])
+
+
+def _call(
+    graph: fx.Graph, group: FusionGroup, site: str, renamed: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    def tensor(source: TensorSource) -> fx.Node:
+        if isinstance(source, Attribute):
+            return graph.get_attr(source.path)
+        return renamed.get(source, source)
+
+    def size(n: Any) -> Any:
+        return renamed.get(n, n) if isinstance(n, fx.Node) else n
+
+    anchor = group.anchor
+    text = str(group.program)
+    kwargs: dict[str, Any] = {"site": site}
+    with warnings.catch_warnings():
+        # A training flag is neither module nor tensor, which fx warns of; it is read live.
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        operands = [tensor(o) for o in group.operands]
+        if group.dropouts:
+            kwargs["dropout"] = [tensor(f) for f in group.dropouts]
+        if group.views:
+            kwargs["views"] = [[size(n) for n in view] for view in group.views]
+        if not isinstance(anchor, LinearCall):
+            x = tensor(anchor.node)
+            return graph.call_function(fused_pointwise, (x, operands, text), kwargs)
+        weight = tensor(anchor.weight)
+        bias = None if anchor.bias is None else tensor(anchor.bias)
+        x = tensor(anchor.x)
+    args = (x, weight, bias, operands, text, anchor.transposed)
+    return graph.call_function(fused_linear, args, kwargs)
+
+
+def _erase_unused(graph: fx.Graph, feeds: set[fx.Node]) -> None:
+    """Drop reads and transposes of tensors that only fed replaced nodes."""
+    stack = list(feeds)
+    while stack:
+        node = stack.pop()
+        removable = node.op == "get_attr" or transposed_inner(node) is not None
+        if removable and not node.users:
+            stack.extend(node.all_input_nodes)
+            graph.erase_node(node)

@@ -1,0 +1,340 @@
+"""Prepare a fused call for one signature: which kernel serves it, and everything it is told.
+
+A signature is all that may decide a route: shapes, strides, dtypes, device, precision setting.
+`prepare` is called once for each and returns a `Recipe` whose `run` does nothing but fill in
+addresses. The choice is a table look-up, never a race: the same signature on the same machine
+takes the same route every time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import library, reference
+from .errors import KernelError, LibraryError, OperandShapeError
+from .layout import classify, operand_shapes, resolve_view
+from .library import (
+    DTYPES,
+    POINTER_OPERAND,
+    POINTER_OUTPUT,
+    Gemm,
+    Library,
+    OperandLayout,
+    Pointers,
+)
+from .program import Program
+
+Tensors = Sequence[torch.Tensor]
+Run = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", Tensors], list]
+
+_MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORCED: list[str] = []
+
+
+@dataclass(frozen=True)
+class Call:
+    """A fused call as its caller describes it. Without weight, x itself is the accumulator."""
+
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    operands: Tensors
+    program: Program
+    transposed: bool
+    views: tuple[tuple[int, ...], ...]
+    site: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How calls of one signature run. route: "cpu", "cublas", "portable", "pointwise" or
+    "reference"; reason: why the last one, where it is."""
+
+    route: str
+    reason: str | None
+    run: Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call returns: shape of the accumulator, and shape and dtype of each output."""
+
+    acc_shape: tuple[int, ...]
+    acc_dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class NoKernel(Exception):
+    """Why no kernel serves a call."""
+
+
+@contextmanager
+def forced_route(route: str) -> Iterator[None]:
+    """Serve CUDA Linear calls by `route` ("portable" or "cublas") where it can, for measurements.
+
+    Raises KernelError at a call the route cannot serve.
+    """
+    FORCED.append(route)
+    try:
+        yield
+    finally:
+        FORCED.pop()
+
+
+def infer(call: Call) -> Result:
+    """Shapes and dtypes of the outputs, as torch's own ops give them.
+
+    Raises OperandShapeError where an operand does not broadcast, and RuntimeError, as torch does,
+    where x and weight do not fit.
+    """
+
+    def meta(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+    acc = meta(call.x)
+    if call.weight is not None:
+        bias = None if call.bias is None else meta(call.bias)
+        acc = reference.linear(acc, meta(call.weight), bias, call.transposed)
+    operands = [meta(o) for o in call.operands]
+    outputs = checked_outputs(call.program, acc, operands, call.views, call.site)
+    return Result(
+        tuple(acc.shape),
+        acc.dtype,
+        tuple(tuple(o.shape) for o in outputs),
+        tuple(o.dtype for o in outputs),
+    )
+
+
+def checked_outputs(
+    program: Program,
+    acc: torch.Tensor,
+    operands: Tensors,
+    views: Sequence[Sequence[int]],
+    site: str,
+) -> tuple[torch.Tensor, ...]:
+    """The reference's outputs; OperandShapeError, with all shapes, where it cannot run."""
+    try:
+        return reference.run(program, acc, operands, views=views)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(o.shape)) for o in operands)
+        raise OperandShapeError(
+            f"fused call at {site}: operands of shape {shapes} against a matrix of shape "
+            f"{tuple(acc.shape)} in {' -> '.join(program.chain)}: {error}"
+        ) from None
+
+
+def prepare(call: Call) -> Recipe:
+    """The recipe for calls like this one. Raises as `infer` does, before anything runs."""
+    result = infer(call)
+    try:
+        return _kernel_recipe(call, result)
+    except NoKernel as reason:
+        if FORCED:
+            raise KernelError(f"route {FORCED[-1]} cannot serve {call.site}: {reason}") from None
+        return Recipe("reference", str(reason), _reference_run(call))
+
+
+def _reference_run(call: Call) -> Run:
+    def run(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
+    ) -> list:
+        acc = x if weight is None else reference.linear(x, weight, bias, call.transposed)
+        outputs = reference.run(call.program, acc, operands, views=call.views)
+        # An output may be an input here (a program that only casts to the dtype it has); an op
+        # must return fresh tensors.
+        return [o.clone() if o is x or any(o is t for t in operands) else o for o in outputs]
+
+    return run
+
+
+def _kernel_recipe(call: Call, result: Result) -> Recipe:
+    device = call.x.device
+    if device.type not in ("cpu", "cuda"):
+        raise NoKernel(f"device {device.type} has no kernel library")
+    tensors = [call.x, *call.operands]
+    tensors += [t for t in (call.weight, call.bias) if t is not None]
+    for tensor in tensors:
+        if tensor.device != device:
+            raise NoKernel(f"tensors on {device} and {tensor.device}")
+    lib = library.find(f"fxfuse_{device.type}")
+    if isinstance(lib, LibraryError):
+        raise NoKernel(f"no kernel library: {lib}")
+    layouts, fixes = _layouts(call, result)
+    if device.type == "cpu":
+        return _cpu_recipe(call, result, lib, layouts, fixes)
+    from .cuda import cuda_recipe
+
+    return cuda_recipe(call, result, lib, layouts, fixes)
+
+
+def _layouts(
+    call: Call, result: Result
+) -> tuple[list[OperandLayout], list[tuple[int, tuple[int, ...] | None]]]:
+    """Operand layouts, and which operands must be made contiguous (or expanded) at each call."""
+    if result.acc_dtype not in _MATRIX_DTYPES:
+        raise NoKernel(f"{result.acc_dtype} is computed by torch ops")
+    elements = math.prod(result.acc_shape)
+    for shape, dtype in zip(result.shapes, result.dtypes, strict=True):
+        if dtype not in _MATRIX_DTYPES:
+            raise NoKernel(f"an output is {dtype}")
+        if math.prod(shape) != elements or shape[-1:] != result.acc_shape[-1:]:
+            raise NoKernel(f"an operand widens the result from {result.acc_shape} to {shape}")
+    if not result.acc_shape:
+        raise NoKernel("the result has no dimension")
+    against = operand_shapes(call.program, result.acc_shape, call.views)
+    layouts: list[OperandLayout] = []
+    fixes: list[tuple[int, tuple[int, ...] | None]] = []
+    prelu = {i.args[1] for i in call.program.instructions if i.op == "prelu"}
+    for index, operand in enumerate(call.operands):
+        if operand.dtype not in DTYPES:
+            raise NoKernel(f"operand {index} is {operand.dtype}")
+        if index not in against:  # the part of a program before a dropout may not read it
+            layouts.append(OperandLayout("unused", 0, 0, 1, 1, torch.float32))
+            continue
+        shape = against[index]
+        channels = any(getattr(a, "index", None) == index for a in prelu) and operand.numel() > 1
+        if channels and len(shape) != 2:
+            raise NoKernel("prelu with a weight per channel of a tensor that is not [M, N]")
+        sizes = tuple(operand.shape)
+        layout = classify(sizes, operand.stride(), operand.dtype, shape)
+        if layout is None:
+            layout = classify(sizes, _contiguous(sizes), operand.dtype, shape)
+            fixes.append((index, None))
+        if layout is None:
+            layout = classify(shape, _contiguous(shape), operand.dtype, shape)
+            fixes[-1] = (index, shape)
+        assert layout is not None
+        layouts.append(layout)
+    return layouts, fixes
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def fixed(operands: Tensors, fixes: Sequence[tuple[int, tuple[int, ...] | None]]) -> Tensors:
+    """Operands with those no kernel can address copied."""
+    if not fixes:
+        return operands
+    result = list(operands)
+    for index, shape in fixes:
+        tensor = result[index]
+        result[index] = (tensor if shape is None else tensor.expand(shape)).contiguous()
+    return result
+
+
+def flatten_rows(tensor: torch.Tensor) -> tuple[bool, int]:
+    """`(copy, row_stride)` to read a tensor [..., K] as a matrix: whether it must be copied."""
+    sizes, strides = tuple(tensor.shape), tensor.stride()
+    if sizes[-1] > 1 and strides[-1] != 1:
+        return True, sizes[-1]
+    lead = [(size, stride) for size, stride in zip(sizes, strides, strict=True)][:-1]
+    lead = [(size, stride) for size, stride in lead if size != 1]
+    if not lead:
+        return False, sizes[-1]
+    expected = lead[-1][1]
+    for size, stride in reversed(lead):
+        if stride != expected:
+            return True, sizes[-1]
+        expected = stride * size
+    # Rows that overlap or repeat (an expanded tensor) are left to a copy.
+    return (True, sizes[-1]) if lead[-1][1] < sizes[-1] else (False, lead[-1][1])
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """M and N of a tensor [..., N]."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def in_place_output(result: Result) -> int | None:
+    """The output that may overwrite the product: elementwise, one read before one write."""
+    for index, dtype in enumerate(result.dtypes):
+        if dtype == result.acc_dtype:
+            return index
+    return None
+
+
+def pointwise_run(
+    call: Call,
+    result: Result,
+    fixes: Sequence[tuple[int, tuple[int, ...] | None]],
+    launch: Callable[[ctypes.Array], None],
+) -> Run:
+    """Run the product by torch, then the program over it by `launch(pointers)`.
+
+    Where the call has a product its memory is one of the outputs, so nothing else is allocated.
+    """
+    transposed, program_outputs = call.transposed, list(enumerate(result.dtypes))
+    reused = in_place_output(result) if call.weight is not None else None
+    reshaped = {i: shape for i, shape in enumerate(result.shapes) if shape != result.acc_shape}
+    copies = call.weight is None and flatten_rows(call.x)[0]
+
+    def run(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
+    ) -> list:
+        if weight is None:
+            acc = x.contiguous() if copies else x
+        elif transposed:
+            acc = reference.linear(x, weight, bias, True)
+        else:
+            acc = F.linear(x, weight, bias)
+        operands = fixed(operands, fixes)
+        pointers = Pointers()
+        pointers[0] = acc.data_ptr()
+        for index, operand in enumerate(operands):
+            pointers[POINTER_OPERAND + index] = operand.data_ptr()
+        outputs = []
+        for index, dtype in program_outputs:
+            out = acc if index == reused else acc.new_empty(result.acc_shape, dtype=dtype)
+            pointers[POINTER_OUTPUT + index] = out.data_ptr()
+            outputs.append(out)
+        launch(pointers)
+        for index, shape in reshaped.items():
+            outputs[index] = outputs[index].view(shape)
+        return outputs
+
+    return run
+
+
+def _cpu_recipe(
+    call: Call,
+    result: Result,
+    lib: Library,
+    layouts: Sequence[OperandLayout],
+    fixes: Sequence[tuple[int, tuple[int, ...] | None]],
+) -> Recipe:
+    rows, columns = rows_and_columns(result.acc_shape)
+    stride = columns if call.weight is not None else flatten_rows(call.x)[1]
+    problem = lib.problem(
+        call.program, rows, columns, result.acc_dtype, stride, layouts, result.dtypes
+    )
+    entry, described = lib.handle.fxfuse_cpu_run, ctypes.byref(problem)
+
+    def launch(pointers: ctypes.Array) -> None:
+        status = entry(described, pointers, torch.get_num_threads())
+        if status:
+            lib.check(status, f"fxfuse_cpu_run for {call.site}")
+
+    return Recipe("cpu", None, pointwise_run(call, result, fixes, launch))
+
+
+def resolve_views(
+    views: Sequence[Sequence[int]], shape: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """View shapes with every -1 filled in, for an accumulator of `shape`."""
+    elements = math.prod(shape)
+    return tuple(resolve_view(tuple(v), elements) for v in views)
+
+
+def gemm_of(call: Call, lda: int) -> Gemm:
+    """The product of a call whose x [M, K] and weight [N, K] the kernels can read."""
+    assert call.weight is not None
+    return Gemm(call.x.shape[-1], lda, call.weight.stride(0), call.bias is not None)

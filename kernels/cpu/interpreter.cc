@@ -1,0 +1,254 @@
+#include "interpreter.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace fxfuse {
+namespace {
+
+constexpr int kAlignment = 64;
+
+// Whether the tile's elements are adjacent in a matrix of this row stride.
+template <class Tile>
+bool IsContiguous(const Tile& tile, int64_t row_stride) {
+  return tile.rows == 1 || row_stride == tile.columns;
+}
+
+// The row of memory that serves row m, stepped along without a division per row.
+class RowCursor {
+ public:
+  RowCursor(const OperandPlan& operand, int64_t m)
+      : repeat_(operand.repeat),
+        period_(operand.period),
+        within_(m % operand.repeat),
+        row_(m / operand.repeat % operand.period) {}
+
+  int64_t row() const { return row_; }
+  void Next() {
+    if (++within_ < repeat_) return;
+    within_ = 0;
+    if (++row_ == period_) row_ = 0;
+  }
+
+ private:
+  const int64_t repeat_, period_;
+  int64_t within_, row_;
+};
+
+}  // namespace
+
+void Interpreter::Free::operator()(void* memory) const { free(memory); }
+
+Interpreter::Interpreter(const Plan& plan) : plan_(plan) {
+  const size_t floats = static_cast<size_t>(plan.buffer_count) * static_cast<size_t>(plan.fragment);
+  memory_.reset(malloc(floats * sizeof(float) + kAlignment));
+  if (memory_ == nullptr) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.get());
+  buffers_ = reinterpret_cast<float*>((start + kAlignment - 1) / kAlignment * kAlignment);
+  // Whole vectors are computed, so the lanes behind a tile's last element need some value; zero is
+  // one that no op is slow on.
+  memset(buffers_, 0, floats * sizeof(float));
+  for (int i = 0; i < plan.constant_count; ++i) {
+    std::fill_n(Buffer(plan.constant[i].buffer), plan.fragment, plan.constant[i].value);
+  }
+}
+
+Interpreter::Tile Interpreter::TileAt(int64_t index) const {
+  Tile tile;
+  tile.row = index / plan_.column_tiles * plan_.tile_rows;
+  tile.column = index % plan_.column_tiles * plan_.tile_columns;
+  tile.rows = static_cast<int>(std::min(plan_.tile_rows, plan_.rows - tile.row));
+  tile.columns = static_cast<int>(std::min(plan_.tile_columns, plan_.columns - tile.column));
+  return tile;
+}
+
+// The hardware's prefetchers see a tile's first touch and then nothing while its steps compute, so
+// memory would idle meanwhile. The next tile's lines are asked for between the steps instead.
+void Interpreter::PlanPrefetch(int64_t index) {
+  range_count_ = 0;
+  if (index >= plan_.tile_count) return;
+  const Tile tile = TileAt(index);
+  if (plan_.reads_accumulator) AddPrefetch(plan_.accumulator, tile, false);
+  for (const OperandPlan& o : plan_.operand) {
+    const bool is_plain = o.kind == Broadcast::kMatrix && o.column_stride == 1 && o.repeat == 1;
+    const bool is_long = o.kind == Broadcast::kRow && plan_.rows == 1 && o.column_stride == 1;
+    if (!is_plain && !is_long) continue;
+    const Tile source = {tile.row % o.period, tile.column, tile.rows, tile.columns};
+    AddPrefetch({const_cast<char*>(o.data), o.dtype, o.row_stride}, source, false);
+  }
+  for (int i = 0; i < plan_.output_count; ++i) AddPrefetch(plan_.output[i], tile, true);
+}
+
+void Interpreter::AddPrefetch(const MatrixPlan& matrix, const Tile& tile, bool is_written) {
+  if (matrix.data == nullptr || !IsContiguous(tile, matrix.row_stride)) return;
+  const int64_t size = ElementSize(matrix.dtype);
+  range_[range_count_++] = {matrix.data + (tile.row * matrix.row_stride + tile.column) * size,
+                            tile.count() * size, is_written};
+}
+
+// One of `parts` shares of what is to be fetched.
+void Interpreter::Prefetch(int part, int parts) const {
+  constexpr int64_t kLine = 64;
+  for (int i = 0; i < range_count_; ++i) {
+    const Range& range = range_[i];
+    const int64_t lines = (range.size + kLine - 1) / kLine;
+    for (int64_t j = lines * part / parts; j < lines * (part + 1) / parts; ++j) {
+      if (range.is_written) {
+        __builtin_prefetch(range.data + j * kLine, 1, 2);
+      } else {
+        __builtin_prefetch(range.data + j * kLine, 0, 2);
+      }
+    }
+  }
+}
+
+void Interpreter::RunTile(int64_t index, int64_t next) {
+  const Tile tile = TileAt(index);
+  const int vectors = (tile.count() + kLane - 1) / kLane * kLane;
+
+  const float* operand[FXFUSE_MAX_OPERANDS];
+  for (int i = 0; i < FXFUSE_MAX_OPERANDS; ++i) operand[i] = LoadOperand(i, tile);
+  const float* previous = nullptr;
+  if (plan_.reads_accumulator) {
+    const MatrixPlan& a = plan_.accumulator;
+    const char* data =
+        a.data + (tile.row * a.row_stride + tile.column) * ElementSize(a.dtype);
+    previous = LoadPlain(data, a.dtype, a.row_stride, Buffer(0), tile);
+  }
+
+  PlanPrefetch(next);
+  for (int i = 0; i < plan_.step_count; ++i) {
+    Prefetch(i, plan_.step_count);
+    const StepPlan& step = plan_.step[i];
+    const float* argument[3] = {nullptr, nullptr, nullptr};
+    for (int j = 0; j < step.arity; ++j) {
+      if (step.operand[j] >= 0) {
+        argument[j] = operand[step.operand[j]];
+      } else {
+        argument[j] = step.argument[j] == kPreviousValue ? previous : Buffer(step.argument[j]);
+      }
+    }
+    float* direct = DirectOutput(step, tile);
+    if (step.is_copy && !step.is_saved && direct == nullptr) {
+      previous = argument[0];
+    } else {
+      float* result = direct != nullptr ? direct : Buffer(step.result);
+      step.run(result, argument[0], argument[1], argument[2], step.p0, step.p1, vectors);
+      previous = result;
+    }
+    if (step.output >= 0 && direct == nullptr) Store(plan_.output[step.output], previous, tile);
+  }
+}
+
+// Where a result may be computed in the output itself: whole vectors of adjacent floats.
+float* Interpreter::DirectOutput(const StepPlan& step, const Tile& tile) const {
+  if (step.output < 0 || step.is_saved) return nullptr;
+  const MatrixPlan& matrix = plan_.output[step.output];
+  if (matrix.dtype != FXFUSE_F32 || tile.count() % kLane != 0) return nullptr;
+  if (!IsContiguous(tile, matrix.row_stride)) return nullptr;
+  return reinterpret_cast<float*>(matrix.data) + tile.row * matrix.row_stride + tile.column;
+}
+
+// The operand's values over the tile: in its buffer, or in place where they lie there as needed.
+const float* Interpreter::LoadOperand(int index, const Tile& tile) {
+  const OperandPlan& o = plan_.operand[index];
+  switch (o.kind) {
+    case Broadcast::kUnused:
+      return nullptr;
+    case Broadcast::kScalar:
+      return Buffer(o.buffer);
+    case Broadcast::kRow:
+      return LoadRow(o, index, tile);
+    case Broadcast::kColumn:
+      FillColumn(o, tile);
+      return Buffer(o.buffer);
+    case Broadcast::kMatrix:
+      break;
+  }
+  const RowCursor cursor(o, tile.row);
+  const bool is_plain = o.repeat == 1 && cursor.row() + tile.rows <= o.period;
+  if (o.column_stride == 1 && (is_plain || tile.rows == 1)) {
+    const char* data =
+        o.data + (cursor.row() * o.row_stride + tile.column) * ElementSize(o.dtype);
+    return LoadPlain(data, o.dtype, o.row_stride, Buffer(o.buffer), tile);
+  }
+  GatherRows(o, tile);
+  return Buffer(o.buffer);
+}
+
+const float* Interpreter::LoadRow(const OperandPlan& o, int index, const Tile& tile) {
+  float* buffer = Buffer(o.buffer);
+  const bool is_whole_row = plan_.column_tiles == 1 && plan_.rows > 1;
+  if (is_whole_row && (row_is_ready_ >> index & 1u) != 0) return buffer;
+  const char* data = o.data + tile.column * o.column_stride * ElementSize(o.dtype);
+  const bool is_direct = o.dtype == FXFUSE_F32 && o.column_stride == 1 && tile.rows == 1 &&
+                         tile.columns % kLane == 0;
+  if (is_direct) return reinterpret_cast<const float*>(data);
+  LoadStrided(o, data, buffer, tile.columns);
+  if (is_whole_row) {
+    for (int64_t i = 1; i < plan_.tile_rows; ++i) {
+      memcpy(buffer + i * tile.columns, buffer, sizeof(float) * static_cast<size_t>(tile.columns));
+    }
+    row_is_ready_ |= 1u << index;
+  }
+  return buffer;
+}
+
+void Interpreter::FillColumn(const OperandPlan& o, const Tile& tile) {
+  float* out = Buffer(o.buffer);
+  const int64_t step = o.row_stride * ElementSize(o.dtype);
+  RowCursor cursor(o, tile.row);
+  for (int i = 0; i < tile.rows; ++i, cursor.Next()) {
+    float value;
+    plan_.kernels->load[o.dtype](&value, o.data + cursor.row() * step, 1);
+    for (int j = 0; j < tile.columns; ++j) *out++ = value;
+  }
+}
+
+// Loads rows that follow each other in memory. `data` is the tile's first element.
+const float* Interpreter::LoadPlain(const char* data, int dtype, int64_t row_stride, float* buffer,
+                                    const Tile& tile) {
+  const LoadLoop load = plan_.kernels->load[dtype];
+  if (IsContiguous(tile, row_stride)) {
+    if (dtype == FXFUSE_F32 && tile.count() % kLane == 0) {
+      return reinterpret_cast<const float*>(data);
+    }
+    load(buffer, data, tile.count());
+    return buffer;
+  }
+  const int64_t step = row_stride * ElementSize(dtype);
+  for (int i = 0; i < tile.rows; ++i) load(buffer + i * tile.columns, data + i * step, tile.columns);
+  return buffer;
+}
+
+void Interpreter::GatherRows(const OperandPlan& o, const Tile& tile) {
+  const int64_t size = ElementSize(o.dtype);
+  float* out = Buffer(o.buffer);
+  RowCursor cursor(o, tile.row);
+  for (int i = 0; i < tile.rows; ++i, cursor.Next()) {
+    const int64_t first = cursor.row() * o.row_stride + tile.column * o.column_stride;
+    LoadStrided(o, o.data + first * size, out + i * tile.columns, tile.columns);
+  }
+}
+
+void Interpreter::LoadStrided(const OperandPlan& o, const char* data, float* out,
+                              int count) const {
+  const LoadLoop load = plan_.kernels->load[o.dtype];
+  if (o.column_stride == 1) return load(out, data, count);
+  const int64_t step = o.column_stride * ElementSize(o.dtype);
+  for (int i = 0; i < count; ++i) load(out + i, data + i * step, 1);
+}
+
+void Interpreter::Store(const MatrixPlan& matrix, const float* value, const Tile& tile) const {
+  const StoreLoop store = plan_.kernels->store[matrix.dtype];
+  const int64_t size = ElementSize(matrix.dtype);
+  char* data = matrix.data + (tile.row * matrix.row_stride + tile.column) * size;
+  if (IsContiguous(tile, matrix.row_stride)) return store(data, value, tile.count());
+  for (int i = 0; i < tile.rows; ++i) {
+    store(data + i * matrix.row_stride * size, value + i * tile.columns, tile.columns);
+  }
+}
+
+}  // namespace fxfuse

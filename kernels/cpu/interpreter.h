@@ -1,0 +1,67 @@
+// Runs the tiles of a plan on one thread.
+
+#ifndef FXFUSE_CPU_INTERPRETER_H_
+#define FXFUSE_CPU_INTERPRETER_H_
+
+#include <stdint.h>
+
+#include <memory>
+
+#include "plan.h"
+
+namespace fxfuse {
+
+class Interpreter {
+ public:
+  // Needs memory for the plan's buffers; ok() says whether it was to be had.
+  explicit Interpreter(const Plan& plan);
+  bool ok() const { return memory_ != nullptr; }
+
+  // Runs tile `index` of plan.tile_count, and fetches ahead for tile `next` (if below tile_count).
+  void RunTile(int64_t index, int64_t next);
+
+ private:
+  // Rows [row, row + rows) and columns [column, column + columns) of the matrix.
+  struct Tile {
+    int64_t row, column;
+    int rows, columns;
+    int count() const { return rows * columns; }
+  };
+
+  float* Buffer(int i) const { return buffers_ + static_cast<int64_t>(i) * plan_.fragment; }
+  const float* LoadOperand(int index, const Tile& tile);
+  const float* LoadRow(const OperandPlan& operand, int index, const Tile& tile);
+  void FillColumn(const OperandPlan& operand, const Tile& tile);
+  const float* LoadPlain(const char* data, int dtype, int64_t row_stride, float* buffer,
+                         const Tile& tile);
+  void GatherRows(const OperandPlan& operand, const Tile& tile);
+  void LoadStrided(const OperandPlan& operand, const char* data, float* out, int count) const;
+  void Store(const MatrixPlan& matrix, const float* value, const Tile& tile) const;
+  Tile TileAt(int64_t index) const;
+  void PlanPrefetch(int64_t index);
+  void AddPrefetch(const MatrixPlan& matrix, const Tile& tile, bool is_written);
+  void Prefetch(int part, int parts) const;
+  float* DirectOutput(const StepPlan& step, const Tile& tile) const;
+
+  // Adjacent bytes the next tile will touch.
+  struct Range {
+    const char* data;
+    int64_t size;
+    bool is_written;
+  };
+
+  struct Free {
+    void operator()(void* memory) const;
+  };
+
+  const Plan& plan_;
+  std::unique_ptr<void, Free> memory_;
+  float* buffers_ = nullptr;
+  Range range_[FXFUSE_MAX_OPERANDS + FXFUSE_MAX_OUTPUTS + 1];
+  int range_count_ = 0;
+  unsigned row_is_ready_ = 0;  // operands whose buffer holds their row for every tile
+};
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CPU_INTERPRETER_H_

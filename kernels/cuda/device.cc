@@ -1,0 +1,103 @@
+#include "device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <mutex>
+
+#include "common.h"
+
+namespace fxfuse {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kDefaultSharedBytes = 48 * 1024;  // what a block may have without asking
+
+struct Entry {
+  std::atomic<bool> ready{false};
+  Device device;
+};
+
+Entry entries[kMaxDevices];
+std::mutex preparing;
+
+// Reports `error`, and takes it off the runtime's record: it has been told once.
+fxfuse_status CudaFailure(const char* call, const char* what, cudaError_t error) {
+  cudaGetLastError();
+  return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, what, cudaGetErrorString(error));
+}
+
+fxfuse_status PreparePortable(const char* call, const DeviceLimits& limits) {
+  const PortableKernels all = AllPortableKernels();
+  for (int i = 0; i < all.count; ++i) {
+    const PortableKernel& kernel = all.kernel[i];
+    if (kernel.shared_bytes > limits.shared_bytes_per_block) continue;  // never chosen here
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);  // loads the kernel
+    if (error == cudaSuccess && kernel.shared_bytes > kDefaultSharedBytes) {
+      error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kernel.shared_bytes);
+    }
+    if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
+  }
+  return FXFUSE_OK;
+}
+
+fxfuse_status PreparePointwise(const char* call, Device* device) {
+  for (int i = 0; i < kPointwiseKernels; ++i) {
+    const PointwiseKernel& kernel = PointwiseKernelFor(static_cast<MathLevel>(i));
+    int blocks = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, kernel.function, kPointwiseThreads, 0);
+    if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
+    device->pointwise_blocks[i] = blocks * device->limits.sm_count;
+  }
+  return FXFUSE_OK;
+}
+
+fxfuse_status Prepare(const char* call, int index, Device* device) {
+  int major = 0, minor = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } queries[] = {
+      {cudaDevAttrComputeCapabilityMajor, &major},
+      {cudaDevAttrComputeCapabilityMinor, &minor},
+      {cudaDevAttrMultiProcessorCount, &device->limits.sm_count},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->limits.shared_bytes_per_block},
+  };
+  for (const auto& query : queries) {
+    const cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, index);
+    if (error != cudaSuccess) return CudaFailure(call, "cudaDeviceGetAttribute", error);
+  }
+  if (major < 8) {
+    return Fail(FXFUSE_UNSUPPORTED, "%s: device %d has sm_%d%d, expected sm_80 or newer", call,
+                index, major, minor);
+  }
+  const fxfuse_status status = PreparePortable(call, device->limits);
+  return status == FXFUSE_OK ? PreparePointwise(call, device) : status;
+}
+
+}  // namespace
+
+fxfuse_status CurrentDevice(const char* call, const Device** device) {
+  int index = 0;
+  const cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return CudaFailure(call, "cudaGetDevice", error);
+  if (index >= kMaxDevices) {
+    return Fail(FXFUSE_UNSUPPORTED, "%s: device=%d, expected below %d", call, index, kMaxDevices);
+  }
+  Entry& entry = entries[index];
+  if (!entry.ready.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(preparing);
+    if (!entry.ready.load(std::memory_order_relaxed)) {
+      const fxfuse_status status = Prepare(call, index, &entry.device);
+      if (status != FXFUSE_OK) return status;
+      entry.ready.store(true, std::memory_order_release);
+    }
+  }
+  *device = &entry.device;
+  return FXFUSE_OK;
+}
+
+}  // namespace fxfuse

@@ -1,0 +1,23 @@
+// What the library knows of each device, queried once.
+
+#ifndef FXFUSE_CUDA_DEVICE_H_
+#define FXFUSE_CUDA_DEVICE_H_
+
+#include "choose.h"
+
+namespace fxfuse {
+
+struct Device {
+  DeviceLimits limits;
+  // Blocks of each pointwise kernel that are resident at a time, on the whole device.
+  int pointwise_blocks[kPointwiseKernels];
+};
+
+// The calling thread's current device, prepared: kernels loaded, shared-memory limits raised.
+// FXFUSE_UNSUPPORTED below sm_80, FXFUSE_RUNTIME_ERROR where the runtime fails (no driver, say);
+// `call` is the entry point to name in the message. Thread-safe; a failure is tried anew next time.
+fxfuse_status CurrentDevice(const char* call, const Device** device);
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_DEVICE_H_

@@ -1,0 +1,81 @@
+// The epilogue program as kernels take it: an fxfuse_program with its addresses filled in and
+// everything that is the same for all elements (alignment, broadcast kind) settled on the host.
+
+#ifndef FXFUSE_CUDA_DEVICE_PROGRAM_H_
+#define FXFUSE_CUDA_DEVICE_PROGRAM_H_
+
+#include <stdint.h>
+
+#include "include/fxfuse.h"
+
+namespace fxfuse {
+
+// How an operand is fetched for eight (or four) adjacent columns of one row.
+enum class Access : uint8_t {
+  kBroadcast,  // one value per row (scalar and column operands)
+  kVector,     // adjacent and aligned: vector loads wherever the columns are inside the matrix
+  kElement     // one load per element
+};
+
+struct DeviceOperand {
+  const void* data;
+  int64_t row_stride;     // in elements; 0 for scalar and row operands
+  int64_t column_stride;  // in elements
+  uint32_t repeat;
+  uint32_t period;   // at least 1
+  uint8_t dtype;     // fxfuse_dtype
+  uint8_t periodic;  // repeat or period has an effect: rows need the two divisions
+  Access access;
+  uint8_t reserved[5];
+};
+
+struct DeviceOutput {
+  void* data;
+  int64_t row_stride;
+  uint8_t dtype;   // fxfuse_dtype
+  uint8_t vector;  // aligned for vector stores
+  uint8_t reserved[6];
+};
+
+// Rows and columns are counted by 32-bit integers, and tiles may overhang the matrix.
+constexpr int64_t kMaxRows = INT32_MAX - 1024;
+
+// The bias is one more operand, added by one more instruction.
+constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
+constexpr int kMaxDeviceInstructions = FXFUSE_MAX_INSTRUCTIONS + 1;
+
+struct DeviceProgram {
+  int32_t instruction_count;
+  uint32_t rows;     // M
+  uint32_t columns;  // N
+  int32_t reserved;
+  fxfuse_instruction instruction[kMaxDeviceInstructions];
+  DeviceOperand operand[FXFUSE_MAX_OPERANDS + 1];
+  DeviceOutput output[FXFUSE_MAX_OUTPUTS];
+};
+
+// Kernel parameters are limited to 4 KB on every architecture we build for.
+static_assert(sizeof(DeviceProgram) <= 2048, "leave room for the GEMM's own parameters");
+
+// How exact the epilogue's arithmetic must be, by the outputs' rounding; a higher level serves
+// wherever a lower one does.
+enum class MathLevel : uint8_t {
+  kFast,  // every output is bf16
+  kHalf,  // outputs are bf16 or fp16
+  kExact  // some output is fp32
+};
+
+// Fills `device` from a validated problem.
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
+
+MathLevel RequiredMath(const fxfuse_program& program);
+
+// Whether rows of a matrix all start at multiples of `bytes`; the stride of a single row is moot.
+bool RowsAligned(const void* data, int64_t row_stride, int64_t rows, int dtype, int bytes);
+
+// The same for 16 bytes, as vector accesses want it.
+bool VectorAligned(const void* data, int64_t row_stride, int64_t rows, int dtype);
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_DEVICE_PROGRAM_H_

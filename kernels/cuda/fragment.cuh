@@ -1,0 +1,36 @@
+// Which elements of the output matrix a thread's registers hold.
+
+#ifndef FXFUSE_CUDA_FRAGMENT_CUH_
+#define FXFUSE_CUDA_FRAGMENT_CUH_
+
+#include <stdint.h>
+
+namespace fxfuse {
+
+// `kGroups` rows, `row_step` apart, of the same `kWidth` adjacent columns: values[g * kWidth + j]
+// is element (Row(g), Column() + j). Widths are chosen so that a thread's access to the widest
+// output is 16 bytes: 8 columns where all outputs have 16 bits, 4 where one has 32.
+template <int kWidth_, int kGroups_>
+class RowFragment {
+ public:
+  static constexpr int kWidth = kWidth_;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kSize = kWidth * kGroups;
+  static_assert(kWidth == 4 || kWidth == 8, "a vector of 16 bytes of the widest output");
+  static_assert(kGroups >= 1, "a fragment has a row");
+
+  __device__ __forceinline__ RowFragment(uint32_t row, uint32_t row_step, uint32_t column)
+      : row_(row), row_step_(row_step), column_(column) {}
+
+  __device__ __forceinline__ uint32_t Row(int g) const { return row_ + g * row_step_; }
+  __device__ __forceinline__ uint32_t Column() const { return column_; }
+
+ private:
+  uint32_t row_;
+  uint32_t row_step_;
+  uint32_t column_;
+};
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_FRAGMENT_CUH_

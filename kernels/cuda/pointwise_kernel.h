@@ -1,0 +1,40 @@
+// The pointwise kernel as the host sees it.
+
+#ifndef FXFUSE_CUDA_POINTWISE_KERNEL_H_
+#define FXFUSE_CUDA_POINTWISE_KERNEL_H_
+
+#include "device_program.h"
+
+namespace fxfuse {
+
+constexpr int kPointwiseThreads = 256;
+
+struct PointwiseArguments {
+  const void* accumulator;
+  int64_t row_stride;  // in elements
+  uint8_t dtype;       // fxfuse_dtype
+  uint8_t vector;      // aligned for 16-byte loads
+  uint8_t log2_lanes;  // threads of a block side by side in a row; the others lie below
+  uint8_t reserved;
+  uint32_t column_blocks;  // blocks side by side in a row
+  uint32_t row_blocks;     // blocks below each other
+  DeviceProgram program;
+};
+static_assert(sizeof(PointwiseArguments) <= 4096, "the limit of kernel parameters");
+
+// A compiled kernel, one per math level. A thread takes `groups` rows of `width` columns.
+struct PointwiseKernel {
+  const char* name;
+  const void* function;
+  MathLevel math;
+  int8_t width;
+  int8_t groups;
+};
+
+// In the order of MathLevel.
+constexpr int kPointwiseKernels = 3;
+const PointwiseKernel& PointwiseKernelFor(MathLevel math);
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_POINTWISE_KERNEL_H_

@@ -1,0 +1,22 @@
+// bf16 inputs with fp16 or fp32 outputs: rare, so a medium and a small tile have to do.
+
+#include "portable_instances.cuh"
+
+namespace fxfuse {
+
+PortableKernels PortableBf16Exact() {
+  using Input = __nv_bfloat16;
+  constexpr int32_t kDtype = FXFUSE_BF16;
+  constexpr MathLevel kMath = MathLevel::kExact;
+  static const PortableKernel kernels[] = {
+      DescribePortable<PortableExact<Input, MediumTile>>("portable_bf16_exact_128x128x64", kDtype,
+                                                         TileKind::kMedium, kMath),
+      DescribePortable<PortableExact<Input, SmallTile>>("portable_bf16_exact_64x64x64", kDtype,
+                                                        TileKind::kSmall, kMath),
+      DescribePortable<PortableExact<Input, RaggedTile>>("portable_bf16_exact_64x64x64_ragged",
+                                                         kDtype, TileKind::kRagged, kMath),
+  };
+  return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
+}
+
+}  // namespace fxfuse

@@ -1,0 +1,53 @@
+// The portable GEMM's kernels as the host sees them: what they take and which there are.
+
+#ifndef FXFUSE_CUDA_PORTABLE_KERNELS_H_
+#define FXFUSE_CUDA_PORTABLE_KERNELS_H_
+
+#include "device_program.h"
+
+namespace fxfuse {
+
+struct PortableArguments {
+  const void* a;
+  const void* b;
+  int64_t lda, ldb;  // in elements
+  int32_t m, n, k;
+  int32_t tiles_m, tiles_n;
+  int32_t whole_words;  // rows of A and B start at multiples of 4 bytes (ragged tiles ask)
+  DeviceProgram program;
+};
+static_assert(sizeof(PortableArguments) <= 4096, "the limit of kernel parameters");
+
+constexpr int64_t kPortableMaxK = 1 << 28;  // K is counted in bytes by 32-bit integers
+
+enum class TileKind : uint8_t { kLarge, kMedium, kSmall, kSkinny, kRagged };
+
+// A compiled kernel: what it is, and what a launch of it needs.
+struct PortableKernel {
+  const char* name;
+  const void* function;
+  int32_t input_dtype;  // fxfuse_dtype
+  TileKind tile;
+  MathLevel math;
+  int16_t tile_m, tile_n;
+  int16_t threads;
+  int16_t blocks_per_sm;
+  int32_t shared_bytes;
+};
+
+constexpr int kMaxPortableKernels = 32;
+
+// The instantiations, in portable_*.cu: the compiler works on several files at once.
+struct PortableKernels {
+  const PortableKernel* kernel;
+  int count;
+};
+PortableKernels PortableBf16Fast();
+PortableKernels PortableBf16Exact();
+PortableKernels PortableF16Half();
+PortableKernels PortableF16Exact();
+PortableKernels PortableTf32();
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_PORTABLE_KERNELS_H_

@@ -1,0 +1,110 @@
+// Fills one stage of the ring with 128 bytes of K of the block's rows of A and of B.
+//
+// A stage is kM rows of A, then kN rows of B, 128 bytes each. Chunk c (16 bytes) of row r lies at
+// c ^ (r % 8): eight rows of one chunk, which is what ldmatrix reads at a time, then touch all 32
+// banks, and so do the eight chunks of one row that eight lanes write. Rows beyond M or N and
+// columns beyond K are filled with zeros.
+
+#ifndef FXFUSE_CUDA_PORTABLE_LOADER_CUH_
+#define FXFUSE_CUDA_PORTABLE_LOADER_CUH_
+
+#include "portable_kernels.h"
+#include "portable_tiles.h"
+#include "ptx.cuh"
+
+namespace fxfuse {
+
+// Copies of `kBytes` (16 or 4) bytes; each thread has its column of the stage and every so many
+// rows. With 4 bytes nothing is assumed beyond the alignment of an element.
+template <class Config, int kBytes>
+class StripedLoader {
+ public:
+  __device__ __forceinline__ StripedLoader(const PortableArguments& arguments, int row0,
+                                           int column0) {
+    const int row = threadIdx.x / kPerRow;
+    const int column = threadIdx.x % kPerRow * kBytes;  // in bytes of K
+    left_ = arguments.k * kElementBytes - column;
+    step_a_ = arguments.lda * (kRowStep * kElementBytes);
+    step_b_ = arguments.ldb * (kRowStep * kElementBytes);
+    a_ = static_cast<const char*>(arguments.a) + (row0 + row) * arguments.lda * kElementBytes +
+         column;
+    b_ = static_cast<const char*>(arguments.b) + (column0 + row) * arguments.ldb * kElementBytes +
+         column;
+    offset_ = row * kStageRowBytes + ((column / 16) ^ (row % 8)) * 16 + column % 16;
+    whole_words_ = arguments.whole_words;
+#pragma unroll
+    for (int i = 0; i < kCopiesA; ++i) {
+      inside_ |= (row0 + row + i * kRowStep < arguments.m ? 1u : 0u) << i;
+    }
+#pragma unroll
+    for (int i = 0; i < kCopiesB; ++i) {
+      inside_ |= (column0 + row + i * kRowStep < arguments.n ? 1u : 0u) << (kCopiesA + i);
+    }
+  }
+
+  // Issues part `part` of `parts` of the copies that fill the stage at `stage`. With constant
+  // arguments the choice costs nothing.
+  __device__ __forceinline__ void LoadPart(uint32_t stage, int part, int parts) const {
+    const int valid = max(0, min(left_, kBytes));
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (i * parts / kCopies != part) continue;
+      const int row = i < kCopiesA ? i : i - kCopiesA;
+      const char* from = i < kCopiesA ? a_ + row * step_a_ : b_ + row * step_b_;
+      const int bytes = (inside_ >> i & 1u) != 0 ? valid : 0;
+      Copy(stage + (i < kCopiesA ? 0 : Config::kStageBytesA) + Offset(row), from, bytes);
+    }
+  }
+
+  __device__ __forceinline__ void NextStage() {
+    a_ += kStageRowBytes;
+    b_ += kStageRowBytes;
+    left_ -= kStageRowBytes;
+  }
+
+ private:
+  static constexpr int kElementBytes = sizeof(typename Config::Input);
+  static constexpr int kPerRow = kStageRowBytes / kBytes;
+  static constexpr int kRowStep = Config::kThreads / kPerRow;
+  static constexpr int kCopiesA = Config::Tile::kM / kRowStep;
+  static constexpr int kCopiesB = Config::Tile::kN / kRowStep;
+  static constexpr int kCopies = kCopiesA + kCopiesB;
+  static_assert(Config::Tile::kM % kRowStep == 0 && Config::Tile::kN % kRowStep == 0,
+                "threads divide the tile's rows evenly");
+  static_assert(kRowStep % 4 == 0, "the swizzle of later rows differs in bit 2 of r % 8 at most");
+  static_assert(kCopies <= 32, "one bit each in `inside_`");
+
+  // Where copy `i` of an operand goes, relative to the operand's rows.
+  __device__ __forceinline__ uint32_t Offset(int i) const {
+    const uint32_t flip = i * kRowStep % 8 * 16;  // 0 or 64
+    return (offset_ ^ flip) + i * kRowStep * kStageRowBytes;
+  }
+
+  __device__ __forceinline__ void Copy(uint32_t to, const char* from, int bytes) const {
+    if constexpr (kBytes == 16) {
+      copy_async_16(to, from, bytes);
+    } else if (kElementBytes == 4 || whole_words_) {
+      copy_async_4(to, from, bytes);
+    } else {
+      uint32_t word = 0;
+      if (bytes >= 2) word = *reinterpret_cast<const uint16_t*>(from);
+      if (bytes >= 4) word |= uint32_t{*reinterpret_cast<const uint16_t*>(from + 2)} << 16;
+      store_shared_32(to, word);
+    }
+  }
+
+  const char* a_;
+  const char* b_;
+  int64_t step_a_, step_b_;
+  uint32_t offset_;
+  uint32_t inside_ = 0;  // bit i: the row of copy i exists
+  int left_;             // bytes of K from this thread's column on
+  bool whole_words_;
+};
+
+template <class Config>
+using StageLoader = StripedLoader<Config, Config::Tile::kAligned ? 16 : 4>;
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_PORTABLE_LOADER_CUH_

@@ -1,0 +1,85 @@
+// Every PTX instruction of the CUDA library that has no intrinsic, one thin function each.
+
+#ifndef FXFUSE_CUDA_PTX_CUH_
+#define FXFUSE_CUDA_PTX_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace fxfuse {
+
+// The 32-bit address of a shared-memory object, as the instructions below take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Asynchronous copies of 16 or 4 bytes from global to shared memory. Only the first `valid` bytes
+// are read; the rest of the destination is zero-filled, which is how ragged edges are padded.
+// 16-byte copies bypass L1 (.cg): a tile is read once per block and reused out of shared memory.
+__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, int valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid)
+               : "memory");
+}
+
+// Closes the group of copies issued since the last commit.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Loads four 8x8 matrices of 16-bit elements (equally: 8x4 of 32-bit ones). Lane 8*i + r gives the
+// address of row r of matrix i; lane l receives element pair l % 4 of row l / 4 of each.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared_32(uint32_t shared, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
+// d += a * b over one 16x8 tile and 32 bytes of K: 16 elements of 16 bits or 8 of 32.
+// Not volatile: the compiler may move these among the loads, it knows all they touch.
+template <class Input>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1);
+
+#define FXFUSE_MMA(type, shape)                                                                 \
+  template <>                                                                                   \
+  __device__ __forceinline__ void mma<type>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, \
+                                            uint32_t b1) {                                      \
+    asm("mma.sync.aligned." shape                                                               \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                        \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                        \
+  }
+
+FXFUSE_MMA(__half, "m16n8k16.row.col.f32.f16.f16.f32")
+FXFUSE_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+FXFUSE_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef FXFUSE_MMA
+
+// fp32 bits to TF32 bits, rounded to nearest: the tensor core by itself would truncate.
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_PTX_CUH_

@@ -1,0 +1,179 @@
+// The C interface of the fxfuse kernel libraries: plain structs in, a status out, nothing thrown.
+//
+// Both libraries (libfxfuse_cpu, libfxfuse_cuda) execute an epilogue program over a row-major
+// matrix `acc [M, N]`:
+//
+//   acc       = A @ B^T (+ bias)        where the problem carries a GEMM (CUDA only), or
+//   acc       = pointer[FXFUSE_PTR_A]   where it does not: a matrix some other GEMM left there
+//   output[j] = program(acc, operands)  for every instruction that stores to output j
+//
+// A problem (shapes, strides, dtypes, the program) is described once and reused; the addresses
+// travel separately, so that a repeated call writes nothing but pointers.
+
+#ifndef FXFUSE_H_
+#define FXFUSE_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define FXFUSE_API __declspec(dllexport)
+#else
+#define FXFUSE_API __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a struct below or the meaning of a field changes.
+#define FXFUSE_ABI_VERSION 1
+
+#define FXFUSE_MAX_INSTRUCTIONS 32
+#define FXFUSE_MAX_OPERANDS 8
+#define FXFUSE_MAX_OUTPUTS 4
+#define FXFUSE_MAX_SLOTS 4
+
+typedef enum {
+  FXFUSE_OK = 0,
+  FXFUSE_BAD_ARGUMENT = 1,  // a field is out of its range
+  FXFUSE_UNSUPPORTED = 2,   // no kernel here serves this problem; nothing was launched
+  FXFUSE_RUNTIME_ERROR = 3  // the CUDA runtime failed; see fxfuse_last_error
+} fxfuse_status;
+
+typedef enum {
+  FXFUSE_F32 = 0,
+  FXFUSE_F16 = 1,
+  FXFUSE_BF16 = 2,
+  FXFUSE_BOOL = 3  // one byte, operands only; reads as 0.0 or 1.0
+} fxfuse_dtype;
+
+// Where an argument of an instruction comes from.
+typedef enum {
+  FXFUSE_FROM_PREVIOUS = 0,   // what the instruction before left (the accumulator, for the first)
+  FXFUSE_FROM_SLOT = 1,       // slot[index]
+  FXFUSE_FROM_OPERAND = 2,    // operand[index] at this element
+  FXFUSE_FROM_IMMEDIATE = 3   // immediate[index]
+} fxfuse_source;
+
+// result = opcode(arguments; immediates). The result is what the next instruction sees as
+// "previous"; it is kept in slot[save] and written to output[store] where those are not -1.
+// An op with parameters finds them in `immediate`; an op without may use them as arguments.
+typedef struct {
+  uint16_t opcode;
+  int8_t save;
+  int8_t store;
+  uint8_t source[3];  // fxfuse_source of each argument
+  uint8_t index[3];
+  uint8_t arity;
+  uint8_t reserved;
+  float immediate[2];
+} fxfuse_instruction;
+
+// An extra input. Element (m, n) of the operand is
+//   data[((m / repeat) % period) * row_stride + n * column_stride]
+// with strides in elements:
+//   scalar   row_stride = 0, column_stride = 0    one value, read on the device
+//   row      row_stride = 0, column_stride = 1    [N]
+//   column   row_stride = 1, column_stride = 0    [M, 1]
+//   full     row_stride = ld, column_stride = 1   [M, N]
+// repeat = 1 and period = M are the plain case; [T, N] against [B, T, N] has period = T, and
+// [B, 1, N] against it has repeat = T.
+typedef struct {
+  int64_t row_stride;
+  int64_t column_stride;
+  int64_t repeat;
+  int64_t period;
+  int32_t dtype;
+  int32_t reserved;
+} fxfuse_operand;
+
+// A stored matrix [M, N]; columns are adjacent, rows are row_stride elements apart.
+typedef struct {
+  int64_t row_stride;
+  int32_t dtype;
+  int32_t reserved;
+} fxfuse_output;
+
+typedef struct {
+  int32_t instruction_count;
+  int32_t operand_count;
+  int32_t output_count;
+  int32_t slot_count;
+  fxfuse_instruction instruction[FXFUSE_MAX_INSTRUCTIONS];
+  fxfuse_operand operand[FXFUSE_MAX_OPERANDS];
+  fxfuse_output output[FXFUSE_MAX_OUTPUTS];
+} fxfuse_program;
+
+// Routes of the CUDA library. AUTO asks it to choose (never POINTWISE: that needs no GEMM).
+typedef enum {
+  FXFUSE_ROUTE_AUTO = 0,
+  FXFUSE_ROUTE_POINTWISE = 1,  // the program alone, over a matrix already in memory
+  FXFUSE_ROUTE_PORTABLE = 2,   // mma.sync + cp.async, sm_80 and up
+  FXFUSE_ROUTE_HOPPER = 3      // TMA + wgmma, sm_90a
+} fxfuse_route;
+
+// One call. With has_gemm: A [M, K] and B [N, K], both with adjacent K (row strides lda, ldb in
+// elements), bias [N] or none, all of input_dtype; products of F32 inputs are taken in TF32.
+// Without: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B unused.
+typedef struct {
+  int64_t m, n, k;
+  int64_t lda, ldb;
+  int32_t input_dtype;
+  int32_t has_gemm;
+  int32_t has_bias;
+  int32_t route;  // fxfuse_route
+  fxfuse_program program;
+} fxfuse_problem;
+
+// Addresses of one call, in this order: A, B, bias, operands, outputs. Unused entries are null.
+// An output may be the accumulator matrix itself (same dtype and stride), nothing else overlaps.
+#define FXFUSE_PTR_A 0
+#define FXFUSE_PTR_B 1
+#define FXFUSE_PTR_BIAS 2
+#define FXFUSE_PTR_OPERAND 3
+#define FXFUSE_PTR_OUTPUT (FXFUSE_PTR_OPERAND + FXFUSE_MAX_OPERANDS)
+#define FXFUSE_PTR_COUNT (FXFUSE_PTR_OUTPUT + FXFUSE_MAX_OUTPUTS)
+
+// The ABI version the library was built with.
+FXFUSE_API int fxfuse_abi_version(void);
+// sizeof(fxfuse_problem), so that a caller can check its own layout.
+FXFUSE_API int64_t fxfuse_problem_size(void);
+// How the library was built: compiler, instruction sets or GPU architectures.
+FXFUSE_API const char* fxfuse_build_info(void);
+// Number of opcodes, and the name of each (null outside the range).
+FXFUSE_API int fxfuse_opcode_count(void);
+FXFUSE_API const char* fxfuse_opcode_name(int opcode);
+// What the last failed call on this thread had to say.
+FXFUSE_API const char* fxfuse_last_error(void);
+
+// libfxfuse_cpu -----------------------------------------------------------------------------------
+
+// Runs `fn(data)` on `threads` threads at once and returns when all are done (GOMP_parallel's
+// signature). Given torch's own OpenMP entry, the library shares torch's thread pool.
+typedef void (*fxfuse_parallel)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+FXFUSE_API void fxfuse_cpu_set_parallel(fxfuse_parallel parallel);
+// The instruction set in use: "avx512", "avx2" or "baseline".
+FXFUSE_API const char* fxfuse_cpu_isa(void);
+// Forces an instruction set, for tests; FXFUSE_UNSUPPORTED where this CPU lacks it.
+FXFUSE_API fxfuse_status fxfuse_cpu_set_isa(const char* name);
+// Runs a problem without GEMM on at most `threads` threads.
+FXFUSE_API fxfuse_status fxfuse_cpu_run(const fxfuse_problem* problem, void* const* pointers,
+                                        int threads);
+
+// libfxfuse_cuda ----------------------------------------------------------------------------------
+
+// Prepares the current device (loads kernels, raises shared-memory limits), so that later calls
+// may be captured in a CUDA graph. FXFUSE_UNSUPPORTED below sm_80.
+FXFUSE_API fxfuse_status fxfuse_cuda_init(void);
+// The route and tile fxfuse_cuda_run takes for this problem on the current device.
+FXFUSE_API fxfuse_status fxfuse_cuda_choose(const fxfuse_problem* problem, int32_t* route,
+                                            const char** kernel);
+// Enqueues a problem on `stream` (a cudaStream_t) of the current device.
+FXFUSE_API fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointers,
+                                         void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // FXFUSE_H_
