@@ -16,7 +16,14 @@ from .errors import InputError, LibraryError, NotFusedError
 from .module import build_module
 from .observe import observe
 from .plan import Refusal, RegionPlan, plan_region, untraced_refusals
-from .report import ATTRIBUTE, Report, describe_groups, list_nodes
+from .report import (
+    ATTRIBUTE,
+    Report,
+    describe_groups,
+    list_nodes,
+    nested_reports,
+    with_nested,
+)
 from .rewrite import rewrite_region
 
 
@@ -44,9 +51,15 @@ def optimize(
     inputs = _check(model, example_inputs)
     if isinstance(model.__dict__.get(ATTRIBUTE), Report):
         return model  # type: ignore[return-value]
+    nested = nested_reports(model)
     captured = capture(model)
     plans = tuple(plan_region(region) for region in captured.regions)
-    refusals = (*(r for p in plans for r in p.refusals), *untraced_refusals(captured, plans, model))
+    optimized = tuple(f"{path}." for path in nested)
+    untraced = untraced_refusals(captured, plans, model)
+    refusals = (
+        *(r for p in plans for r in p.refusals),
+        *(r for r in untraced if not r.name.startswith(optimized)),
+    )
     if strict:
         _raise_unless_fused(refusals, model)
     found = _report_before(model, captured, plans, refusals)
@@ -57,7 +70,7 @@ def optimize(
             for p in plans
         },
     )
-    found = _report_after(found, plans)
+    found = with_nested(_report_after(found, plans), nested)
     if inputs is not None:
         found = observe(root, inputs, found)
     root.__dict__[ATTRIBUTE] = found

@@ -76,7 +76,7 @@ def capture(model: nn.Module) -> Capture:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            if path and is_torch_leaf(module) and not module._modules:
+            if path and is_torch_leaf(module):
                 continue
             region, inner_leaves, reason = _try_region(session, path, module)
             if region is not None:

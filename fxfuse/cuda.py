@@ -10,24 +10,22 @@ from collections.abc import Sequence
 import torch
 
 from . import library
+from .infer import Call, Result, Tensors
 from .library import POINTER_OPERAND, POINTER_OUTPUT, Library, OperandLayout, Pointers
 from .program import Program
 from .routes import (
     FORCED,
-    Call,
+    Fixes,
     NoKernel,
     Recipe,
-    Result,
     Run,
-    Tensors,
     fixed,
     flatten_rows,
     gemm_of,
     pointwise_run,
     rows_and_columns,
+    tf32_allowed,
 )
-
-Fixes = Sequence[tuple[int, "tuple[int, ...] | None"]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,7 +59,7 @@ def cuda_recipe(
         result.dtypes,
         route="pointwise",
     )
-    launch = _launcher(lib, problem, device, call.site)
+    launch = _launcher(lib, problem, device, " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"
     return Recipe(route, None, pointwise_run(call, result, fixes, launch))
 
@@ -78,7 +76,7 @@ def _choose(call: Call, result: Result, device: int) -> str:
         and (call.bias is None or (call.bias.dtype == x.dtype and call.bias.is_contiguous()))
         and x.shape[-1] > 0
     )
-    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
     if not plain or (x.dtype == torch.float32 and not tf32):
         return "cublas"
     if FORCED:
@@ -99,13 +97,13 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int) -> str:
 
 
 def _launcher(
-    lib: Library, problem: library.ProblemStruct, device: int, site: str
+    lib: Library, problem: library.ProblemStruct, device: int, chain: str
 ) -> functools.partial[None]:
     described = ctypes.byref(problem)
-    return functools.partial(_launch, lib, lib.handle.fxfuse_cuda_run, described, device, site)
+    return functools.partial(_launch, lib, lib.handle.fxfuse_cuda_run, described, device, chain)
 
 
-def _launch(lib, entry, described, device, site, pointers):  # type: ignore[no-untyped-def]
+def _launch(lib, entry, described, device, chain, pointers):  # type: ignore[no-untyped-def]
     """Enqueue on the current stream of `device`."""
     stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
     if torch._C._cuda_getDevice() == device:
@@ -114,7 +112,7 @@ def _launch(lib, entry, described, device, site, pointers):  # type: ignore[no-u
         with torch.cuda.device(device):
             status = entry(described, pointers, stream)
     if status:
-        lib.check(status, f"fxfuse_cuda_run for {site}")
+        lib.check(status, f"fxfuse_cuda_run for {chain}")
 
 
 def _gemm_recipe(
@@ -133,7 +131,7 @@ def _gemm_recipe(
         gemm_of(call, lda),
         route="portable",
     )
-    launch = _launcher(lib, problem, call.x.get_device(), call.site)
+    launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
 
     def run(

@@ -1,35 +1,34 @@
 """The fused call: what an optimised graph runs in place of a Linear and the work after it.
 
 `fused_linear` and `fused_pointwise` are the nodes of an optimised graph. On plain tensors they go
-straight to a recipe (see `routes`), cached by signature. Under autograd, tracing and compiling
-they go through torch ops of the same names, `torch.ops.fxfuse.linear` and `.pointwise`, which are
-registered for the CPU, CUDA, meta and autograd; the program travels as text, the views of a chain
-as one list of lengths and sizes. Where torch's own semantics reach into a call (function
-transforms, tensor subclasses, autocast, an active dropout, export by tracing) the same program
-runs on torch ops.
+straight to a recipe (see `recipes`), under autograd through one autograd function, while tracing
+and compiling through the torch ops of `torch_ops`. Where torch's own semantics reach into a call
+(function transforms, tensor subclasses, autocast, an active dropout, export by tracing) the same
+program runs on torch ops, and the report says so.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import reference, routes
-from .program import Instruction, Program, Value, parse
-from .routes import Call, Recipe, Tensors, forced_route
+from . import recipes, reference, torch_ops
+from .infer import infer
+from .program import Arg, Operand, Program, Value, parse
+from .recipes import Static, View, note, routes_taken
+from .routes import forced_route
 
-_PLAIN = (
-    frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
-    if hasattr(torch.nn, "Buffer")
-    else frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN = frozenset(
+    {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor), type(None)}
 )
-_CACHE_LIMIT = 16384
-_recipes: dict[tuple[Any, ...], Recipe] = {}
-_lock = threading.Lock()
+_FREE_OPS = frozenset({"copy", "view", "dropout"})
+# Function modes that change nothing: they place new tensors, or note what make_fx records.
+_HARMLESS_MODES = frozenset({"torch.utils._device", "torch.fx.experimental.proxy_tensor"})
 # Told of every call on fake tensors; how the report learns shapes without running the model.
 OBSERVERS: list[Callable[..., None]] = []
 
@@ -39,6 +38,8 @@ def _never() -> bool:
 
 
 _C = torch._C
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = getattr(_C, "_len_torch_dispatch_stack", _never)
 _function_modes = getattr(_C, "_len_torch_function_stack", _never)
 _transforms = getattr(_C, "_are_functorch_transforms_active", _never)
@@ -46,8 +47,7 @@ _tracing = getattr(_C, "_get_tracing_state", _never)
 _autocast = getattr(_C, "_is_any_autocast_enabled", None) or (
     lambda: torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 )
-
-View = Sequence[int]
+_forward_ad = torch.autograd.forward_ad
 
 
 def fused_linear(
@@ -67,9 +67,9 @@ def fused_linear(
     that broadcast against [..., N]. program: canonical text, see `program`. dropout: the training
     flag of each dropout in the program. views: the shape of each view. site: where the model does
     this, for messages and the report. Raises OperandShapeError where an operand does not
-    broadcast, RuntimeError where x and weight do not fit.
+    broadcast, or x and weight do not fit.
     """
-    return _call(x, weight, bias, operands, program, transposed, dropout, views, site)
+    return _call(x, weight, bias, operands, Static(program, transposed, dropout, views, site))
 
 
 def fused_pointwise(
@@ -81,133 +81,144 @@ def fused_pointwise(
     site: str = "",
 ) -> Any:
     """`program(x, operands)` over x [..., N]; otherwise as `fused_linear`."""
-    return _call(x, None, None, operands, program, False, dropout, views, site)
+    return _call(x, None, None, operands, Static(program, False, dropout, views, site))
 
 
-def _call(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    operands: Sequence[Any],
-    program: str,
-    transposed: bool,
-    dropout: Sequence[bool],
-    views: Sequence[View],
-    site: str,
-) -> Any:
-    if torch.compiler.is_compiling():
-        if any(dropout):
-            outputs = _staged(x, weight, bias, operands, program, transposed, dropout, views, site)
+def _call(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
+    serve: Callable[..., Any]
+    if _compiling():
+        if _transforms() or not all(isinstance(o, torch.Tensor) for o in operands):
+            serve = torch_ops.by_reference
         else:
-            outputs = _dispatch(x, weight, bias, operands, program, transposed, views, site)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-    tensors = [x, *operands]
-    if weight is not None:
-        tensors.append(weight)
-    if bias is not None:
-        tensors.append(bias)
-    plain = True
-    needs_grad = False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            plain = False
-            break
-        needs_grad = needs_grad or tensor.requires_grad
-    if not plain:
-        if any(isinstance(t, torch.fx.Proxy) for t in tensors):
-            return _record(x, weight, bias, operands, program, transposed, dropout, views, site)
-        by_torch = not all(type(t) in _PLAIN or isinstance(t, FakeTensor) for t in tensors)
+            serve = _staged if any(static.dropout) else torch_ops.dispatch
     else:
-        by_torch = _function_modes() > 0
-    by_torch = by_torch or _transforms() or _autocast() or _tracing() is not None
-    if by_torch or torch.autograd.forward_ad._current_level >= 0:
-        parsed = parse(program)
-        acc = x if weight is None else reference.linear(x, weight, bias, transposed)
-        outputs = reference.run(parsed, acc, operands, dropout, views)
-    elif any(dropout):
-        outputs = _staged(x, weight, bias, operands, program, transposed, dropout, views, site)
-    elif not plain or _dispatch_modes() or (needs_grad and torch.is_grad_enabled()):
-        outputs = _dispatch(x, weight, bias, operands, program, transposed, views, site)
-    else:
-        outputs = run(x, weight, bias, operands, program, transposed, views, site)
+        plain = type(x) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN
+        for operand in operands:
+            plain = plain and type(operand) in _PLAIN
+        if (
+            not plain
+            or _function_modes()
+            or _dispatch_modes()
+            or _transforms()
+            or _autocast()
+            or _tracing() is not None
+            or _forward_ad._current_level >= 0
+        ):
+            serve = _unusual
+        else:
+            serve = _plain
+    outputs = serve(x, weight, bias, operands, static)
+    if isinstance(outputs, torch.fx.Proxy):
+        return outputs
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def run(
+def _plain(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    operands: Tensors,
-    program: str,
-    transposed: bool,
-    views: Sequence[View],
-    site: str,
+    operands: Sequence[torch.Tensor],
+    static: Static,
+) -> Sequence[torch.Tensor]:
+    """Plain tensors, and nobody who watches."""
+    if static.dropout and any(static.dropout):
+        return _staged(x, weight, bias, operands, static)
+    if _grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or any(operand.requires_grad for operand in operands)
+    ):
+        return torch_ops.differentiable(x, weight, bias, operands, static)
+    return recipes.run(x, weight, bias, operands, static)
+
+
+def _unusual(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
+    """A call on other tensors, or under a mode that changes or watches what torch does."""
+    tensors = [t for t in (x, weight, bias, *operands) if t is not None]
+    if any(isinstance(t, torch.fx.Proxy) for t in tensors):
+        return _record(x, weight, bias, operands, static)
+    if any(isinstance(o, (int, float)) for o in operands):
+        return _with_numbers(x, weight, bias, operands, static)
+    reason = _left_to_torch(tensors)
+    if reason is not None:
+        note(static, "reference", reason)
+        return torch_ops.by_reference(x, weight, bias, operands, static)
+    if any(static.dropout):
+        return _staged(x, weight, bias, operands, static)
+    if OBSERVERS and isinstance(x, FakeTensor):
+        return _observe(x, weight, bias, operands, static)
+    if _dispatch_modes() or any(isinstance(t, FakeTensor) for t in tensors):
+        return torch_ops.dispatch(x, weight, bias, operands, static)
+    return _plain(x, weight, bias, operands, static)
+
+
+def _with_numbers(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
+    """A call in which some operands are Python numbers: they become constants of the program."""
+    numbers = tuple((i, float(o)) for i, o in enumerate(operands) if isinstance(o, (int, float)))
+    rest = [o for o in operands if not isinstance(o, (int, float))]
+    bound = static._replace(program=_bound(static.program, numbers))
+    found = _call(x, weight, bias, rest, bound)
+    for route, reason in routes_taken(bound.site, bound.program):
+        note(static, route, reason)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(text: str, numbers: tuple[tuple[int, float], ...]) -> str:
+    """A program with some operands replaced by numbers, and the others numbered anew."""
+    program, known = parse(text), dict(numbers)
+    kept = [i for i in range(program.operand_count) if i not in known]
+    place: dict[Operand, Arg] = {Operand(i): Operand(n) for n, i in enumerate(kept)}
+    place |= {Operand(i): value for i, value in known.items()}
+    instructions = tuple(
+        replace(i, args=tuple(place[a] if isinstance(a, Operand) else a for a in i.args))
+        for i in program.instructions
+    )
+    return str(Program(instructions, program.outputs, len(kept)))
+
+
+def _left_to_torch(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Why a call runs on torch's own ops, where it must."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and not isinstance(tensor, FakeTensor):
+            return f"a tensor is a {type(tensor).__name__}"
+    if _function_modes():
+        for mode in torch.overrides._get_current_function_mode_stack():
+            if type(mode).__module__ not in _HARMLESS_MODES:
+                return f"under {type(mode).__name__}"
+    if _transforms():
+        return "inside a torch.func transform"
+    if _autocast():
+        return "autocast is on"
+    if _tracing() is not None:
+        return "inside torch.jit.trace"
+    if _forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    return None
+
+
+def _observe(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    operands: Sequence[torch.Tensor],
+    static: Static,
 ) -> list[torch.Tensor]:
-    """The outputs of a fused call on plain tensors, by the recipe of its signature."""
-    key: list[Any] = [site, program, x.get_device(), x.shape, x.stride(), x.dtype]
-    if weight is not None:
-        key += (weight.shape, weight.stride(), weight.dtype, weight.get_device())
-    if bias is not None:
-        key += (bias.shape, bias.stride(), bias.dtype, bias.get_device())
-    for t in operands:
-        key += (t.shape, t.stride(), t.dtype, t.get_device(), t.is_neg())
-    if views:
-        key.append(tuple(tuple(v) for v in views))
-    if x.is_cuda and x.dtype == torch.float32:
-        key.append(torch.get_float32_matmul_precision())
-    if routes.FORCED:
-        key.append(routes.FORCED[-1])
-    signature = tuple(key)
-    recipe = _recipes.get(signature)
-    if recipe is None:
-        recipe = _prepare(signature, x, weight, bias, operands, program, transposed, views, site)
-    return recipe.run(x, weight, bias, operands)
+    """Tell the observer, and return fake tensors of the right shapes."""
+    call = recipes.described(x, weight, bias, operands, static)
+    result = infer(call)
+    OBSERVERS[-1](call, static, result)
+    return [
+        x.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(result.shapes, result.dtypes, strict=True)
+    ]
 
 
-def _prepare(
-    signature: tuple[Any, ...],
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    operands: Tensors,
-    program: str,
-    transposed: bool,
-    views: Sequence[View],
-    site: str,
-) -> Recipe:
-    shape = tuple(x.shape)
-    if weight is not None:
-        shape = (*shape[:-1], weight.shape[1 if transposed else 0])
-    resolved = routes.resolve_views(views, shape)
-    call = Call(x, weight, bias, tuple(operands), parse(program), transposed, resolved, site)
-    recipe = routes.prepare(call)
-    with _lock:
-        if len(_recipes) >= _CACHE_LIMIT:
-            _recipes.clear()
-        _recipes[signature] = recipe
-    return recipe
-
-
-def routes_taken(site: str, program: str) -> list[tuple[str, str | None]]:
-    """The distinct `(route, reason)` that calls from `site` took so far in this process."""
-    with _lock:
-        taken = [r for key, r in _recipes.items() if key[0] == site and key[1] == program]
-    return list(dict.fromkeys((r.route, r.reason) for r in taken))
-
-
-def _record(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    operands: Sequence[Any],
-    program: str,
-    transposed: bool,
-    dropout: Sequence[bool],
-    views: Sequence[View],
-    site: str,
-) -> Any:
+def _record(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
     """Under a symbolic trace the call is one node, as it was."""
     proxy = next(t for t in (x, weight, bias, *operands) if isinstance(t, torch.fx.Proxy))
+    program, transposed, dropout, views, site = static
     kwargs = {"dropout": dropout, "views": views, "site": site}
     if weight is None:
         target: Any = fused_pointwise
@@ -221,177 +232,48 @@ def _record(
 
 
 def _staged(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    operands: Sequence[Any],
-    program: str,
-    transposed: bool,
-    dropout: Sequence[bool],
-    views: Sequence[View],
-    site: str,
+    x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static
 ) -> Sequence[torch.Tensor]:
     """The program up to its first active dropout as a fused call, the rest on torch ops."""
-    parsed = parse(program)
+    cut, head, pointwise, carried = _split(static.program, tuple(static.dropout))
+    head_static = Static(head, static.transposed, (), static.views, static.site)
+    if pointwise:
+        found = _call(x, weight, bias, operands, head_static)
+        values: Sequence[Any] = found if isinstance(found, tuple) else (found,)
+    else:
+        # The Linear alone: nothing to fuse, and torch keeps what its gradient needs.
+        values = torch_ops.by_reference(x, weight, bias, operands, head_static)
+    if not _compiling():
+        note(static, "split", "a dropout is active: the kernel ends before it")
+    known = dict(zip(carried, values, strict=True))
+    program = torch_ops.read_program(static.program)
+    return reference.resume(program, cut, known, operands, static.dropout, static.views)
+
+
+def _split(text: str, dropout: tuple[bool, ...]) -> tuple[int, str, bool, tuple[int, ...]]:
+    """A program at its first active dropout: the dropout's index; the program before it, which
+    stores every value the rest still reads; whether that computes anything; which values they
+    are."""
+    return _splits(text, dropout)
+
+
+_split._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=4096)
+def _splits(text: str, dropout: tuple[bool, ...]) -> tuple[int, str, bool, tuple[int, ...]]:
+    program = parse(text)
     cut = next(
         i
-        for i, instruction in enumerate(parsed.instructions)
+        for i, instruction in enumerate(program.instructions)
         if instruction.op == "dropout" and dropout[int(instruction.params[1])]
     )
-    head, carried = _split(parsed, cut)
-    outputs = _call(x, weight, bias, operands, str(head), transposed, (), views, site)
-    values = outputs if isinstance(outputs, tuple) else (outputs,)
-    return reference.resume(
-        parsed, cut, dict(zip(carried, values, strict=True)), operands, dropout, views
-    )
-
-
-def _split(program: Program, cut: int) -> tuple[Program, tuple[int, ...]]:
-    """The instructions before `cut`, storing every value the rest still reads, and which."""
     used = [a.index for i in program.instructions[cut:] for a in i.args if isinstance(a, Value)]
     used += [v.index for v in program.outputs]
     carried = tuple(sorted({u for u in used if u <= cut}))
-    head: tuple[Instruction, ...] = program.instructions[:cut]
-    return Program(head, tuple(Value(i) for i in carried), program.operand_count), carried
+    before = program.instructions[:cut]
+    head = Program(before, tuple(Value(i) for i in carried), program.operand_count)
+    return cut, str(head), any(i.op not in _FREE_OPS for i in before), carried
 
 
-# The torch ops -----------------------------------------------------------------------------------
-
-_lib = torch.library.Library("fxfuse", "DEF")
-_lib.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] operands, str program, "
-    "bool transposed, SymInt[] views, str site) -> Tensor[]"
-)
-_lib.define(
-    "pointwise(Tensor x, Tensor[] operands, str program, SymInt[] views, str site) -> Tensor[]"
-)
-
-
-def pack_views(views: Sequence[View]) -> list[int]:
-    """Views as one list: the rank of each, then its sizes."""
-    return [n for view in views for n in (len(view), *view)]
-
-
-def unpack_views(packed: Sequence[int]) -> list[list[int]]:
-    """Undo `pack_views`."""
-    views, rest = [], list(packed)
-    while rest:
-        rank = int(rest[0])
-        views.append(rest[1 : 1 + rank])
-        rest = rest[1 + rank :]
-    return views
-
-
-def _dispatch(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    operands: Sequence[Any],
-    program: str,
-    transposed: bool,
-    views: Sequence[View],
-    site: str,
-) -> Sequence[torch.Tensor]:
-    packed = pack_views(views)
-    if weight is None:
-        return torch.ops.fxfuse.pointwise(x, list(operands), program, packed, site)
-    return torch.ops.fxfuse.linear(
-        x, weight, bias, list(operands), program, transposed, packed, site
-    )
-
-
-def _linear_kernel(x, weight, bias, operands, program, transposed, views, site):  # type: ignore
-    return run(x, weight, bias, operands, program, transposed, unpack_views(views), site)
-
-
-def _pointwise_kernel(x, operands, program, views, site):  # type: ignore[no-untyped-def]
-    return run(x, None, None, operands, program, False, unpack_views(views), site)
-
-
-def _linear_meta(x, weight, bias, operands, program, transposed, views, site):  # type: ignore
-    acc = reference.linear(x, weight, bias, transposed)
-    return _fresh(program, acc, x.shape[-1], operands, unpack_views(views), site)
-
-
-def _pointwise_meta(x, operands, program, views, site):  # type: ignore[no-untyped-def]
-    return _fresh(program, x, 0, operands, unpack_views(views), site)
-
-
-def _fresh(
-    program: str, acc: torch.Tensor, k: int, operands: Tensors, views: Sequence[View], site: str
-) -> list[torch.Tensor]:
-    """Contiguous new tensors shaped as the program's outputs; for fake and meta tensors."""
-    outputs = routes.checked_outputs(parse(program), acc, operands, views, site)
-    if OBSERVERS:
-        OBSERVERS[-1](program, site, acc, k, operands, views, outputs)
-    return [o.new_empty(o.shape) for o in outputs]
-
-
-class _Fused(torch.autograd.Function):
-    """Forward by the kernels, backward through the reference, recomputed from the inputs.
-
-    The gradient of a gradient works, too: with `create_graph` the recomputation is recorded.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, static: tuple[Any, ...], *tensors: torch.Tensor | None) -> Any:
-        program, transposed, views, site = static
-        x, weight, bias, *operands = tensors
-        ctx.static = static
-        ctx.save_for_backward(*tensors)
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_dispatch(x, weight, bias, operands, program, transposed, views, site))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        program, transposed, views, _ = ctx.static
-        needed = ctx.needs_input_grad[1:]
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Fresh names: a tensor that is an input twice has a gradient as each of them.
-            inputs = [
-                t if t is None or not n else t.view_as(t) if again else t.detach().requires_grad_()
-                for t, n in zip(ctx.saved_tensors, needed, strict=True)
-            ]
-            x, weight, bias, *operands = inputs
-            acc = x if weight is None else reference.linear(x, weight, bias, transposed)
-            outputs = reference.run(parse(program), acc, operands, (), views)
-            pairs = [
-                (o, g)
-                for o, g in zip(outputs, grads, strict=True)
-                if g is not None and o.requires_grad
-            ]
-            wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
-            found = iter(
-                torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    wanted,
-                    [g for _, g in pairs],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-                if pairs
-                else [None] * len(wanted)
-            )
-        return (None, *(next(found) if n else None for n in needed))
-
-
-def _linear_autograd(x, weight, bias, operands, program, transposed, views, site):  # type: ignore
-    static = (program, transposed, unpack_views(views), site)
-    return list(_Fused.apply(static, x, weight, bias, *operands))
-
-
-def _pointwise_autograd(x, operands, program, views, site):  # type: ignore[no-untyped-def]
-    static = (program, False, unpack_views(views), site)
-    return list(_Fused.apply(static, x, None, None, *operands))
-
-
-for _key in ("CPU", "CUDA"):
-    _lib.impl("linear", _linear_kernel, _key)
-    _lib.impl("pointwise", _pointwise_kernel, _key)
-_lib.impl("linear", _linear_meta, "Meta")
-_lib.impl("pointwise", _pointwise_meta, "Meta")
-_lib.impl("linear", _linear_autograd, "Autograd")
-_lib.impl("pointwise", _pointwise_autograd, "Autograd")
-
-__all__ = ["forced_route", "fused_linear", "fused_pointwise", "routes_taken", "run"]
+__all__ = ["OBSERVERS", "forced_route", "fused_linear", "fused_pointwise", "routes_taken"]

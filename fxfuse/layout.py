@@ -53,14 +53,16 @@ def classify(
     "periodic" and "repeated" before them say that rows recur, as [T, N] and [B, 1, N] do against
     [B, T, N].
     """
-    *lead, columns = against
+    lead = against[:-1]
+    # An operand of higher rank adds dimensions of size 1 to the result, and no more.
+    shape, stride = shape[-len(against) :], stride[-len(against) :]
     padding = (1,) * (len(against) - len(shape))
     sizes = padding + shape
     strides = (0,) * len(padding) + stride
     column_stride = strides[-1] if sizes[-1] != 1 else 0
     if column_stride not in (0, 1) or (sizes[-1] != 1 and column_stride == 0):
         return None
-    rows = _collapse(sizes[:-1], strides[:-1], tuple(lead))
+    rows = _collapse(sizes[:-1], strides[:-1], lead)
     if rows is None:
         return None
     row_stride, repeat, period, varies = rows

@@ -130,10 +130,10 @@ class Library:
         self.name = name
         self.path = path
         self.handle = handle
-        handle.fxfuse_build_info.restype = ctypes.c_char_p
-        handle.fxfuse_last_error.restype = ctypes.c_char_p
-        handle.fxfuse_opcode_name.restype = ctypes.c_char_p
-        handle.fxfuse_problem_size.restype = ctypes.c_int64
+        try:
+            self._declare()
+        except AttributeError as error:  # ctypes finds no such symbol
+            raise LibraryError(f"{path} is not a kernel library: {error}") from None
         self._check()
         count = handle.fxfuse_opcode_count()
         names = [handle.fxfuse_opcode_name(i).decode() for i in range(count)]
@@ -141,6 +141,15 @@ class Library:
         if set(names) != set(KERNEL_OPS):
             odd = sorted(set(names) ^ set(KERNEL_OPS))
             raise LibraryError(f"{path}: its ops differ from this package's: {', '.join(odd)}")
+
+    def _declare(self) -> None:
+        handle = self.handle
+        handle.fxfuse_build_info.restype = ctypes.c_char_p
+        handle.fxfuse_last_error.restype = ctypes.c_char_p
+        handle.fxfuse_opcode_name.restype = ctypes.c_char_p
+        handle.fxfuse_problem_size.restype = ctypes.c_int64
+        handle.fxfuse_abi_version.restype = ctypes.c_int
+        handle.fxfuse_opcode_count.restype = ctypes.c_int
 
     def _check(self) -> None:
         version = self.handle.fxfuse_abi_version()

@@ -19,7 +19,7 @@ MAX_OPERANDS = 8
 MAX_OUTPUTS = 4
 MAX_SLOTS = 4
 
-_IDENTITIES = frozenset({"copy", "cast_f32", "dropout", "view"})
+_IDENTITIES = frozenset({"copy", "cast_f32", "dropout", "like", "view"})
 
 
 class Source(enum.IntEnum):

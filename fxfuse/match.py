@@ -10,78 +10,53 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from .anchors import LinearCall, NoMatch, NormCall, TensorSource, module_refusal
 from .errors import ProgramError
-from .graphs import Order, is_metadata, may_mutate
+from .graphs import is_metadata, may_mutate
+from .groups import FusionGroup, Graph, spell
 from .lower import lower
-from .ops import COMPARISONS
-from .patterns import Attribute, Unsupported, number, read_call
-from .program import ACC, Arg, Builder, Program, Value
+from .ops import CASTS
+from .patterns import Attribute, Unsupported, read_call
+from .program import (
+    ACC,
+    Arg,
+    Builder,
+    Kind,
+    Operand,
+    Value,
+    adds_truth_values,
+    kinds_of,
+    shape_classes,
+)
 from .simplify import simplify
+from .transparent import read_dropout, read_view
 
 _FREE_OPS = frozenset({"copy", "view", "dropout"})
-_ALIASING_OPS = _FREE_OPS | {"cast_f32", "cast_f16", "cast_bf16"}
-_RESHAPES = (torch.reshape,)
-_DROPOUTS = (F.dropout, torch.dropout)
+_ALIASING_OPS = _FREE_OPS | CASTS
 
 
 @dataclass(frozen=True)
-class FusionGroup:
-    """An anchor and the pointwise program its epilogue will run.
+class _Mark:
+    """Lengths of a growth's lists."""
 
-    nodes: all nodes the group replaces, in graph order. as_written: the program before it was
-    simplified, what eager runs. operands: what the program's operands are. outputs: the nodes whose values the program stores. dropouts: for each dropout of the
-    program, the live training flag. views: the shape of each view. metadata: nodes that only read
-    the shape of a value in the group. place: position in the graph where the fused call goes.
-    bounds: what ended the group, and why.
-    """
-
-    anchor: LinearCall | NormCall
-    nodes: tuple[fx.Node, ...]
-    program: Program
-    as_written: Program
-    operands: tuple[TensorSource, ...]
-    outputs: tuple[fx.Node, ...]
-    dropouts: tuple[TensorSource, ...]
-    views: tuple[tuple[Any, ...], ...]
-    metadata: tuple[fx.Node, ...]
-    place: float
-    bounds: tuple[NoMatch, ...]
-    notes: tuple[str, ...]
-    ops_before: int
-
-
-@dataclass
-class Graph:
-    """What matching knows of a region's graph. claims: the group each taken node belongs to."""
-
-    modules: Mapping[str, nn.Module]
-    tensors: Mapping[str, torch.Tensor]
-    order: Order
-    claims: dict[fx.Node, FusionGroup] = field(default_factory=dict)
-
-    def place(self, node: fx.Node) -> float:
-        """Where in the rewritten graph a node's value comes to exist."""
-        claim = self.claims.get(node)
-        return self.order.position[node] if claim is None else claim.place
+    instructions: int = 0
+    operands: int = 0
+    dropouts: int = 0
+    views: int = 0
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """A node in the group, and how long the builder was before it."""
+    """A node in the group, and how much there was of everything before it."""
 
     node: fx.Node
     value: Value
-    instructions: int
-    operands: int
+    mark: _Mark
 
 
 class _Growth:
@@ -109,7 +84,9 @@ class _Growth:
             return self.builder.operand(argument)
         if isinstance(argument, fx.Node):
             return self.values[argument] if argument in self.values else self._operand(argument)
-        return number({"argument": argument}, "argument")
+        if isinstance(argument, bool) or not isinstance(argument, (int, float)):
+            raise Unsupported(f"{argument} is neither a tensor nor a number")
+        return float(argument)
 
     def emit(self, op: str, *args: Arg, params: tuple[float, ...] = ()) -> Value:
         return self.builder.emit(op, *args, params=params)
@@ -153,20 +130,20 @@ class _Growth:
             refusal = module_refusal(self.graph.modules[str(node.target)])
             if refusal is not None:
                 return refusal
-        mark = (len(self.builder.instructions), len(self.builder.operands))
-        marks = (len(self.dropouts), len(self.views))
+        lists = (self.builder.instructions, self.builder.operands, self.dropouts, self.views)
+        mark = _Mark(*map(len, lists))
         try:
             value = self._read(node)
             self._check_order(node)
+            self._check_truth_values(node, value, mark.instructions)
             program = self.builder.build([value])
             lower(simplify(program).program)
         except (Unsupported, ProgramError) as error:
-            self._truncate(*mark)
-            del self.dropouts[marks[0] :], self.views[marks[1] :]
+            self._truncate(mark)
             return str(error)
         self.values[node] = value
         self.mutations += may_mutate(node, self.graph.modules)
-        self.joined.append(_Joined(node, value, *mark))
+        self.joined.append(_Joined(node, value, mark))
         return None
 
     def _read(self, node: fx.Node) -> Value:
@@ -177,26 +154,41 @@ class _Growth:
         call = read_call(node, self.graph.modules)
         if call is None:
             raise Unsupported(f"{spell(node, self.graph.modules)} is not a pointwise op")
-        if call.in_place:
-            self._check_in_place(node)
-        return call.emit(self, call.arguments)
+        if not call.in_place:
+            return call.emit(self, call.arguments)
+        self._check_in_place(node)
+        value = call.emit(self, call.arguments)
+        target = self.values[node.args[0]]  # type: ignore[index]
+        # Whatever else it reads, an in-place op keeps its tensor's shape and dtype.
+        return self.emit("like", value, target)
+
+    def _check_truth_values(self, node: fx.Node, value: Value, start: int) -> None:
+        """Refuse what torch computes as logical or, or in whole numbers."""
+        if adds_truth_values(self.builder.instructions, start):
+            raise Unsupported("it may add truth values")
+        given = (*node.args, *node.kwargs.values())
+        kind = kinds_of(self.builder.instructions)[value.index]
+        if kind is Kind.UNKNOWN and any(type(a) is int for a in given):
+            raise Unsupported("it may compute whole numbers")
 
     def _operand(self, node: fx.Node) -> Arg:
+        self._check_exists(node)
+        return self.builder.operand(node)
+
+    def _check_exists(self, node: fx.Node) -> None:
+        """Raises Unsupported unless `node` is computed before the fused call must run."""
         order = self.graph.order
         if self.graph.place(node) >= self.limit:
             raise Unsupported(f"its operand {node.name} is computed after the group must run")
         if order.position[node] > self.start and self._depends(node):
             raise Unsupported(f"its operand {node.name} depends on the group")
-        return self.builder.operand(node)
 
     def _depends(self, node: fx.Node) -> bool:
         """Whether `node` needs a value of this group, taking other groups as one call each."""
         seen, stack = {node}, [node]
         while stack:
             current = stack.pop()
-            claim = self.graph.claims.get(current)
-            inputs = _inputs(claim) if claim is not None else current.all_input_nodes
-            for source in inputs:
+            for source in self.graph.inputs(current):
                 if source in self.values or len(seen) > 4096:
                     return True
                 if source not in seen and self.graph.order.position[source] > self.start:
@@ -246,73 +238,42 @@ class _Growth:
 
     def _read_dropout(self, node: fx.Node) -> Value | None:
         """Dropout whose activity is a live flag of the model."""
-        flag: Any
-        if node.op == "call_module":
-            module = self.graph.modules[str(node.target)]
-            if type(module) is not nn.Dropout:
-                return None
-            source, p, in_place = node.args[0], module.p, module.inplace
-            flag = Attribute(f"{node.target}.training")
-        elif node.op == "call_function" and node.target in _DROPOUTS:
-            names = ("input", "p", "training", "inplace")
-            a = {"p": 0.5, "training": True, "inplace": False}
-            a |= dict(zip(names, node.args, strict=False)) | node.kwargs
-            source, p, flag = a["input"], a["p"], a.get("train", a["training"])
-            in_place = a["inplace"]
-        else:
+        call = read_dropout(node, self.graph.modules)
+        if call is None:
             return None
-        if not isinstance(p, (int, float)) or (flag is True and p > 0):
-            raise Unsupported("this dropout drops in eval mode, too")
-        if in_place:
+        if call.in_place:
             self._check_in_place(node)
-        value = self.tensor(source)
-        if flag is False or p == 0:
+        value = self.tensor(call.source)
+        if call.flag is False:
             return self.emit("copy", value)
-        self.dropouts.append((flag, self.graph.order.position[node]))
-        return self.emit("dropout", value, params=(float(p), len(self.dropouts) - 1))
+        self.dropouts.append((call.flag, self.graph.order.position[node]))
+        return self.emit("dropout", value, params=(call.p, len(self.dropouts) - 1))
 
     def _read_view(self, node: fx.Node) -> Value | None:
         """A reshape that keeps the last dimension, whose size the weight tells."""
-        if node.op == "call_method" and node.target in ("view", "reshape", "flatten"):
-            args, name = node.args[1:], node.target
-        elif node.op == "call_function" and node.target in (*_RESHAPES, torch.flatten):
-            args, name = node.args[1:], "flatten" if node.target is torch.flatten else "view"
-        else:
+        call = read_view(node, self._columns())
+        if call is None:
             return None
-        if node.kwargs or not args:
-            raise Unsupported(f"{name} in a form that may change the last dimension")
-        if name == "flatten":
-            if len(args) != 2 or args[0] != 0 or args[1] != -2:
-                raise Unsupported("flatten may change the last dimension")
-            shape: tuple[Any, ...] = (-1, self._columns())
-        else:
-            first = args[0]
-            shape = tuple(first) if isinstance(first, (tuple, list)) else tuple(args)
-        if shape[-1] != self._columns():
-            raise Unsupported(f"{name} may change the last dimension")
-        for size in shape:
+        for size in call.shape:
             if isinstance(size, fx.Node):
-                self._operand(size)
-                del self.builder.operands[size]
-        self.views.append(shape)
-        return self.emit("view", self.tensor(node.args[0]), params=(len(self.views) - 1,))
+                self._check_exists(size)
+        self.views.append(call.shape)
+        return self.emit("view", self.tensor(call.source), params=(len(self.views) - 1,))
 
-    def _columns(self) -> int:
-        """N, the size of the accumulator's last dimension. Raises Unsupported where unknown."""
+    def _columns(self) -> int | None:
+        """N, the size of the accumulator's last dimension, where it is known."""
         if isinstance(self.anchor, LinearCall):
-            weight = self.anchor.weight
-            path = weight.path if isinstance(weight, Attribute) else str(weight.target)
-            tensor = self.graph.tensors.get(path)
+            tensor = self.graph.held(self.anchor.weight)
             if tensor is not None and tensor.dim() == 2:
                 return tensor.shape[1 if self.anchor.transposed else 0]
-        raise Unsupported("the size of the last dimension is not known")
+        return None
 
     # Result
 
     def group(self) -> FusionGroup | NoMatch:
         """The group as grown, shortened until it is worth a kernel and fits one."""
         while self.joined and self.joined[-1].node is not self.anchor.node:
-            tail = self.builder.instructions[self.joined[-1].instructions :]
+            tail = self.builder.instructions[self.joined[-1].mark.instructions :]
             reason = None if all(i.op in _FREE_OPS for i in tail) else self._misfit()
             if reason is None and not all(i.op in _FREE_OPS for i in tail):
                 return self._finish()
@@ -322,14 +283,16 @@ class _Growth:
     def _misfit(self) -> str | None:
         """Why the group, with the outputs it has now, is not one kernel."""
         outputs = self._outputs()
-        for node in outputs:
-            value = self.values[node]
-            if value != ACC and self.builder.instructions[value.index - 1].op in COMPARISONS:
-                return "its bool result is used outside the group"
+        kinds = kinds_of(self.builder.instructions)
+        if any(kinds[self.values[node].index] is Kind.BOOL for node in outputs):
+            return "its bool result is used outside the group"
         roots = self._alias_roots()
         if len({roots[n] for n in outputs}) < len(outputs):
             return "two names of one tensor leave the group"
         place = self._place()
+        # So that dropouts of different groups keep their order, each draws no earlier than it did.
+        if any(position > place for _, position in self.dropouts):
+            return "a value of the group is needed before it draws random numbers"
         for key in self.builder.operands:
             if isinstance(key, fx.Node) and self.graph.place(key) >= place:
                 return f"operand {key.name} is computed after the group must run"
@@ -341,7 +304,7 @@ class _Growth:
 
     def _pop(self, reason: str | None) -> None:
         last = self.joined.pop()
-        self._truncate(last.instructions, last.operands)
+        self._truncate(last.mark)
         del self.values[last.node]
         self.metadata = [m for m in self.metadata if m.args[0] in self.values]
         if reason is not None:
@@ -352,20 +315,34 @@ class _Growth:
         outside = (u for n in self.values for u in n.users if u not in self.values)
         self.limit = min((self.graph.place(u) for u in outside), default=math.inf)
 
-    def _truncate(self, instructions: int, operands: int) -> None:
-        del self.builder.instructions[instructions:]
-        for key in list(self.builder.operands)[operands:]:
+    def _truncate(self, mark: _Mark) -> None:
+        del self.builder.instructions[mark.instructions :]
+        for key in list(self.builder.operands)[mark.operands :]:
             del self.builder.operands[key]
+        del self.dropouts[mark.dropouts :], self.views[mark.views :]
 
     def _outputs(self) -> list[fx.Node]:
-        """Nodes whose values leave the group, the last one first."""
-        leaving = [
-            node
-            for node in self.values
-            if any(u not in self.values and not is_metadata(u) for u in node.users)
-        ]
+        """Nodes whose values leave the group, the last one first.
+
+        A value of which only the shape is read stays inside if the first output tells its shape.
+        """
         last = self.joined[-1].node
-        return [last, *(n for n in leaving if n is not last)]
+        shapes = shape_classes(self.builder.instructions, self._widens)
+        shape = shapes[self.values[last].index]
+
+        def leaves(node: fx.Node) -> bool:
+            told = shapes[self.values[node].index] == shape
+            users = (u for u in node.users if u not in self.values)
+            return any(not (told and is_metadata(u)) for u in users)
+
+        return [last, *(n for n in self.values if n is not last and leaves(n))]
+
+    def _widens(self, operand: Operand) -> bool:
+        """Whether an operand's shape may show in a result's."""
+        tensor = self.graph.held(list(self.builder.operands)[operand.index])
+        if tensor is None or tensor.dim() > 1:
+            return True
+        return tensor.numel() != 1 and tensor.shape[0] != self._columns()
 
     def _place(self) -> float:
         last = self.graph.order.position[self.joined[-1].node]
@@ -395,8 +372,8 @@ class _Growth:
 
     def _costly_nodes(self) -> int:
         """Nodes of the chain that are a kernel each when run one by one."""
-        ends = [j.instructions for j in self.joined[1:]] + [len(self.builder.instructions)]
-        spans = zip((j.instructions for j in self.joined), ends, strict=True)
+        starts = [j.mark.instructions for j in self.joined]
+        spans = zip(starts, [*starts[1:], len(self.builder.instructions)], strict=True)
         chains = (self.builder.instructions[a:b] for a, b in spans)
         return sum(any(i.op not in _FREE_OPS for i in chain) for chain in chains)
 
@@ -416,23 +393,9 @@ def match_group(anchor: LinearCall | NormCall, graph: Graph) -> FusionGroup | No
             growth.values[anchor.node] = growth.emit("add", ACC, growth.tensor(anchor.extra))
         except Unsupported as error:
             return NoMatch(str(error), anchor.node)
-        growth.joined.append(_Joined(anchor.node, growth.values[anchor.node], 0, 0))
+        growth.joined.append(_Joined(anchor.node, growth.values[anchor.node], _Mark()))
     growth.grow()
     return growth.group()
 
 
-def _inputs(group: FusionGroup) -> list[fx.Node]:
-    """Nodes outside `group` its call reads."""
-    inside = set(group.nodes)
-    return [s for node in group.nodes for s in node.all_input_nodes if s not in inside]
-
-
-def spell(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """A node for people: `GroupNorm norm`, `softmax`, `.sum()`."""
-    if node.op == "call_module":
-        return f"{type(modules[str(node.target)]).__name__} {node.target}"
-    if node.op == "call_method":
-        return f".{node.target}()"
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", node.target))
-    return node.name
+__all__ = ["FusionGroup", "Graph", "match_group", "spell"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
 import types
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ class FusedModule:
 
 
 class _Delegate:
-    """Stands in for the original class where no class can derive from it and fx.GraphModule."""
+    """Stands in for the original class where no class can derive from it and fx.GraphModule.
+
+    It finds what nn.Module does not define itself; overrides of nn.Module's methods are not found.
+    """
 
     original_class: type[nn.Module]
 
@@ -124,9 +128,7 @@ def build_module(
     """
     kind = type(region_module)
     if isinstance(region_module, fx.GraphModule):  # its class is made for one instance
-        kind = next(
-            k for k in kind.__mro__ if k.__name__ != kind.__name__ or "Impl" not in k.__qualname__
-        )
+        kind = next(k for k in kind.__mro__ if not k.__qualname__.endswith("GraphModuleImpl"))
     new: Any = _allocate(kind)
     new.__dict__.update(region_module.__dict__)
     if optional:
@@ -189,21 +191,15 @@ def _guard(kind: type[nn.Module], graph: fx.Graph, optional: tuple[str, ...]) ->
             tests.append(
                 f"{name}.__class__ is not {type(default).__name__} or {name} != {default!r}"
             )
-    parameters = types.MappingProxyType(_signature(kind))
-    arguments = [f"{n}={n}" if parameters.get(n) else n for n in places]
+    keyword_only = {
+        p.name
+        for p in inspect.signature(kind.forward).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    arguments = [f"{n}={n}" if n in keyword_only else n for n in places]
     return (
         f"\n    if {' or '.join(tests)}:\n        return self.own_forward({', '.join(arguments)})"
     )
-
-
-def _signature(kind: type[nn.Module]) -> dict[str, bool]:
-    """Parameter name -> whether it can only be passed by keyword."""
-    import inspect
-
-    return {
-        p.name: p.kind is p.KEYWORD_ONLY
-        for p in inspect.signature(kind.forward).parameters.values()
-    }
 
 
 # A graph as plain data.

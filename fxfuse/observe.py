@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,31 +14,25 @@ from torch.utils._pytree import tree_map
 
 from . import fused
 from .errors import OperandShapeError
+from .infer import Call, Result
 from .layout import classify, operand_shapes
 from .program import Operand, Program, Value, parse
+from .recipes import Static
 from .report import GroupReport, Report, Shape, with_shape
-from .routes import resolve_views
 
 
 def observe(model: nn.Module, inputs: Sequence[Any], report: Report) -> Report:
     """The report with the shapes a call on `inputs` has. Nothing is computed.
 
-    Raises OperandShapeError where an operand does not broadcast; any other failure only leaves the
-    shapes unknown, with the reason in the report.
+    Raises OperandShapeError where an operand does not broadcast; any other failure only leaves
+    the shapes from there on unknown, with the reason in the report.
     """
-    seen: dict[tuple[str, str], _Seen] = {}
+    seen: dict[tuple[str, str], tuple[Call, Result]] = {}
 
-    def record(
-        program: str,
-        site: str,
-        acc: torch.Tensor,
-        k: int,
-        operands: Sequence[torch.Tensor],
-        views: Sequence[Sequence[int]],
-        outputs: Sequence[torch.Tensor],
-    ) -> None:
-        seen[site, program] = _Seen(acc, k, tuple(operands), views, tuple(outputs))
+    def record(call: Call, static: Static, result: Result) -> None:
+        seen[static.site, static.program] = (call, result)
 
+    unknown = None
     fused.OBSERVERS.append(record)
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -49,52 +43,44 @@ def observe(model: nn.Module, inputs: Sequence[Any], report: Report) -> Report:
         raise
     except Exception as error:  # whatever the model's own code raises on fake tensors
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return replace(report, shapes_unknown=f"the model does not run on fake tensors: {reason}")
+        unknown = f"the model does not run on fake tensors: {reason}"
     finally:
         fused.OBSERVERS.pop()
     groups = tuple(
-        _measured(g, seen[g.site, g.program]) if (g.site, g.program) in seen else g
+        _measured(g, *seen[g.site, g.program]) if (g.site, g.program) in seen else g
         for g in report.groups
     )
-    return replace(report, groups=groups)
+    return replace(report, groups=groups, shapes_unknown=unknown)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One fused call on fake tensors."""
-
-    acc: torch.Tensor
-    k: int
-    operands: tuple[torch.Tensor, ...]
-    views: Sequence[Sequence[int]]
-    outputs: tuple[torch.Tensor, ...]
-
-
-def _measured(group: GroupReport, seen: _Seen) -> GroupReport:
-    shape = tuple(seen.acc.shape)
-    program = parse(group.program)
-    against = operand_shapes(program, shape, resolve_views(seen.views, shape))
+def _measured(group: GroupReport, call: Call, result: Result) -> GroupReport:
+    shape = result.acc_shape
+    against = operand_shapes(call.program, shape, call.views)
     kinds = []
-    for index, operand in enumerate(seen.operands):
-        layout = classify(tuple(operand.shape), operand.stride(), operand.dtype, against[index])
+    for index, operand in enumerate(call.operands):
+        sizes, met = tuple(operand.shape), against[index]
+        layout = classify(sizes, operand.stride(), operand.dtype, met)
         kinds.append(layout.kind if layout else "full (copied)")
-    m, n, k = math.prod(shape[:-1]), shape[-1], seen.k
-    matrix = m * n * seen.acc.element_size()
-    product = (m * k + n * k) * seen.acc.element_size() if k else 0
-    extras = sum(_bytes(o) for o in seen.operands)
-    stored = sum(_bytes(o) for o in seen.outputs)
+    m, n = math.prod(shape[:-1]), shape[-1]
+    k = 0 if call.weight is None else call.x.shape[-1]
+    matrix = m * n * result.acc_dtype.itemsize
+    product = (m * k + n * k) * call.x.element_size() if k else 0
+    extras = sum(_bytes(o) for o in call.operands)
+    stored = sum(
+        math.prod(s) * d.itemsize for s, d in zip(result.shapes, result.dtypes, strict=True)
+    )
     # A fused kernel reads the factors (or the matrix) and the operands, and writes the outputs;
     # eager writes the product, and for every op reads its arguments and writes its result.
     after = (product or matrix) + extras + stored
     before = product + (matrix if k else 0)
-    before += _eager_bytes(parse(group.as_written), matrix, seen.operands)
+    before += _eager_bytes(parse(group.as_written), matrix, call.operands)
     return with_shape(group, Shape(m, n, k, before, after), tuple(kinds))
 
 
 def _eager_bytes(program: Program, matrix: int, operands: Sequence[torch.Tensor]) -> int:
     total = 0
     for instruction in program.instructions:
-        if instruction.op in ("copy", "view", "dropout"):
+        if instruction.op in ("copy", "view", "dropout", "like"):
             continue
         total += matrix
         for arg in instruction.args:

@@ -141,11 +141,22 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 def _clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     # An absent bound is an infinity here; torch wants it absent, or an integer tensor would turn
     # into a float one.
+    if low == -INF and high == INF:
+        return x
     return torch.clamp(x, None if low == -INF else low, None if high == INF else high)
 
 
 def _same(x: Any, *_: float) -> Any:
     return x
+
+
+def _like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if x.shape != target.shape:
+        raise RuntimeError(
+            f"an in-place op's result of shape {tuple(x.shape)} does not fit its tensor of shape "
+            f"{tuple(target.shape)}"
+        )
+    return x.to(target.dtype)
 
 
 def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -167,6 +178,8 @@ _ROWS: tuple[Op, ...] = (
         range=lambda x, *_: Interval(-INF if x.low < 0 else 0.0, INF if x.high > 0 else 0.0),
         kernel=False,
     ),
+    # What an in-place op leaves in its tensor: the first argument in the dtype of the second.
+    Op("like", 2, _like, arguments=("input", "target"), kernel=False),
     # A view that keeps the last dimension; `shape` is its position among the call's view shapes.
     Op("view", 1, _same, params=("shape",), range=_monotone(_same), kernel=False),
     Op("cast_f32", 1, _cast(torch.float32), range=_monotone(_same), methods=("float",)),
@@ -193,7 +206,7 @@ _ROWS: tuple[Op, ...] = (
         modules=(nn.PReLU,),
         functions=(F.prelu, torch.prelu),
         methods=("prelu",),
-        aten=("prelu", "_prelu_kernel"),
+        aten=("prelu",),
     ),
     _activation("elu", F.elu, nn.ELU, params=("alpha",), defaults=(1.0,)),
     _activation("selu", F.selu, nn.SELU, functions=(torch.selu,)),
@@ -331,3 +344,6 @@ OPS: dict[str, Op] = {op.name: op for op in _ROWS}
 KERNEL_OPS: tuple[str, ...] = tuple(op.name for op in _ROWS if op.kernel)
 COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 COMMUTATIVE = frozenset({"add", "mul", "minimum", "maximum", "eq", "ne"})
+CASTS = frozenset({"cast_f32", "cast_f16", "cast_bf16"})
+# Of truth values these give truth values, and the kernels' 1.0 and 0.0 agree.
+TRUTH_KEEPING = frozenset({"copy", "view", "where", "mul", "minimum", "maximum"})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from .anchors import LinearCall, NoMatch, NormCall, read_anchor
+from .anchors import LinearCall, NoMatch, NormCall, read_anchor, transposed_inner
 from .capture import Capture, Region
 from .graphs import Order
 from .match import FusionGroup, Graph, match_group
@@ -95,9 +95,21 @@ def anchor_name(region: Region, node: fx.Node) -> str:
     if node.op == "call_module":
         local = str(node.target)
     else:
-        weights = [a for a in node.all_input_nodes if a.op == "get_attr"]
-        local = str(weights[0].target) if weights else node.name
+        sources = [transposed_inner(a) or a for a in node.all_input_nodes]
+        # The input may be a parameter, too; the weight comes after it.
+        weights = [str(a.target) for a in sources if a.op == "get_attr"]
+        matrices = [w for w in weights if w.rpartition(".")[2] != "bias"]
+        local = (matrices or weights or [node.name])[-1]
+        local = _linear_holding(region.module, local) or local
     return f"{region.path}.{local}" if region.path else local
+
+
+def _linear_holding(root: nn.Module, weight: str) -> str | None:
+    """The path of the nn.Linear whose weight a path names, if it names one."""
+    owner, _, name = weight.rpartition(".")
+    if name != "weight" or not owner:
+        return None
+    return owner if isinstance(root.get_submodule(owner), nn.Linear) else None
 
 
 def _refusal(region: Region, match: NoMatch) -> Refusal:
@@ -109,7 +121,7 @@ def untraced_refusals(
     captured: Capture, plans: tuple[RegionPlan, ...], model: nn.Module
 ) -> tuple[Refusal, ...]:
     """A refusal for each nn.Linear no traced graph calls, naming the leaf that hides it."""
-    called = {anchor_name(p.region, n) for p in plans for n in _linear_nodes(p.region)}
+    called = {name for p in plans for name in _called(p)}
     leaves = sorted(captured.leaves, key=lambda leaf: len(leaf.path), reverse=True)
     refusals = []
     for name, module in model.named_modules():
@@ -129,14 +141,22 @@ def untraced_refusals(
     return tuple(refusals)
 
 
-def _linear_nodes(region: Region) -> list[fx.Node]:
-    modules = region.module
-    return [
-        n
-        for n in region.graph.nodes
-        if (n.op == "call_module" and isinstance(modules.get_submodule(str(n.target)), nn.Linear))
-        or (n.op == "get_attr" and str(n.target).endswith(".weight"))
-    ]
+def _called(plan: RegionPlan) -> set[str]:
+    """Names, in the whole model, of the modules a region's graph calls or reads a weight of."""
+    local = {
+        "" if n.target == "weight" else str(n.target).removesuffix(".weight")
+        for n in plan.region.graph.nodes
+        if n.op == "call_module" or (n.op == "get_attr" and f".{n.target}".endswith(".weight"))
+    }
+    local |= {
+        a.path.removesuffix(".weight")
+        for g in plan.groups
+        if isinstance(g.anchor, LinearCall)
+        for a in (g.anchor.weight,)
+        if isinstance(a, Attribute)
+    }
+    prefix = f"{plan.region.path}." if plan.region.path else ""
+    return {prefix + name if name else plan.region.path for name in local}
 
 
 def is_pointwise_group(group: FusionGroup) -> bool:

@@ -8,12 +8,13 @@ builds programs, `simplify` shortens them, `lower` turns them into what the kern
 
 from __future__ import annotations
 
+import enum
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import ProgramError
-from .ops import OPS
+from .ops import CASTS, COMPARISONS, OPS, TRUTH_KEEPING
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,71 @@ class Program:
     @property
     def chain(self) -> tuple[str, ...]:
         """The op names in order, as in `add -> silu -> tanh`."""
-        return tuple(i.op for i in self.instructions if i.op != "copy")
+        return tuple(i.op for i in self.instructions if i.op not in ("copy", "like"))
+
+
+class Kind(enum.Enum):
+    """What is known of a value's dtype before any tensor is seen."""
+
+    ACCUMULATOR = "the accumulator's"
+    FLOATING = "some floating dtype"
+    BOOL = "bool"
+    UNKNOWN = "unknown"
+
+
+def kind_of(instruction: Instruction, kinds: Sequence[Kind]) -> Kind:
+    """Kind of an instruction's value, given those of all values before it."""
+    op, args = instruction.op, instruction.args
+    if op in COMPARISONS:
+        return Kind.BOOL
+    if op in CASTS:
+        return Kind.FLOATING
+    args = args[1:] if op in ("where", "like") else args
+    found = {kinds[a.index] for a in args if isinstance(a, Value)}
+    operands = any(isinstance(a, Operand) for a in args)
+    if found & {Kind.ACCUMULATOR, Kind.FLOATING}:
+        widened = operands or Kind.FLOATING in found or Kind.UNKNOWN in found
+        return Kind.FLOATING if widened else Kind.ACCUMULATOR
+    numbers = any(isinstance(a, float) for a in args)
+    if found == {Kind.BOOL} and op in TRUTH_KEEPING and not operands and not numbers:
+        return Kind.BOOL
+    return Kind.UNKNOWN
+
+
+def kinds_of(instructions: Sequence[Instruction]) -> list[Kind]:
+    """Kind of every value, the accumulator first."""
+    kinds = [Kind.ACCUMULATOR]
+    for instruction in instructions:
+        kinds.append(kind_of(instruction, kinds))
+    return kinds
+
+
+def shape_classes(
+    instructions: Sequence[Instruction], widens: Callable[[Operand], bool]
+) -> list[int]:
+    """For each value a number; values of equal numbers are certain to have equal shapes.
+
+    widens: whether an operand may give a result more rows or columns than its other arguments.
+    """
+    classes = [0]
+    for index, instruction in enumerate(instructions, start=1):
+        met = {classes[a.index] for a in instruction.args if isinstance(a, Value)}
+        kept = len(met) == 1 and instruction.op != "view"
+        kept = kept and not any(widens(a) for a in instruction.args if isinstance(a, Operand))
+        classes.append(met.pop() if kept else index)
+    return classes
+
+
+def adds_truth_values(instructions: Sequence[Instruction], start: int) -> bool:
+    """Whether an instruction from `start` on may be a sum of bools, torch's logical or."""
+    kinds = kinds_of(instructions)
+    for instruction in instructions[start:]:
+        values = [a for a in instruction.args if isinstance(a, Value)]
+        floating = any(kinds[v.index] in (Kind.ACCUMULATOR, Kind.FLOATING) for v in values)
+        numbers = any(isinstance(a, float) for a in instruction.args)
+        if instruction.op in ("add", "sub") and values and not floating and not numbers:
+            return True
+    return False
 
 
 def _check(instruction: Instruction, position: int, operand_count: int) -> None:

@@ -101,9 +101,29 @@ def none_tests(code: types.CodeType) -> set[str]:
     found: set[str] = set()
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOP")]
     for at, first in enumerate(instructions[:-2]):
-        if first.opname.startswith("LOAD_FAST") and isinstance(first.argval, str):
+        if "LOAD_FAST" in first.opname:
             second, third = instructions[at + 1], instructions[at + 2]
             compares = second.argval is None and third.opname == "IS_OP"
-            if compares or "NONE" in second.opname:
-                found.add(first.argval)
+            if compares or ("JUMP" in second.opname and "NONE" in second.opname):
+                # Fused loads (3.13 on) name several variables, the one on top of the stack last.
+                name = first.argval
+                found.add(name if isinstance(name, str) else name[-1])
     return found
+
+
+def in_assert(frame: types.FrameType) -> bool:
+    """True if the value `frame` is testing is all that an assert statement tests."""
+    instructions = [i for i in dis.get_instructions(frame.f_code) if i.opname != "CACHE"]
+    at = next((n for n, i in enumerate(instructions) if i.offset >= frame.f_lasti), 0)
+    for test, following in zip(instructions[at:], instructions[at + 1 : at + 5], strict=False):
+        if "JUMP" in test.opname:
+            error = following.opname, following.argval
+            raises = error[0] == "LOAD_ASSERTION_ERROR" or error[1] is AssertionError
+            return test.opname.endswith("IF_TRUE") and raises
+    return False
+
+
+def check_assertion(holds: Any, message: str) -> None:
+    """The node an assert of a forward becomes. Raises AssertionError."""
+    if not holds:
+        raise AssertionError(message)

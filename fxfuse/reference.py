@@ -40,7 +40,7 @@ def resume(
     """The program's outputs from instruction `start` on, given the values needed from before."""
     known: dict[int, Any] = dict(values)
     for index, instruction in enumerate(program.instructions[start:], start=start + 1):
-        args = [
+        args: list[Any] = [
             known[a.index]
             if isinstance(a, Value)
             else operands[a.index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -134,6 +135,7 @@ class Report:
             "refusals": [asdict(r) for r in self.refusals],
             "leaves": [asdict(leaf) for leaf in self.leaves],
             "totals": self.totals,
+            "shapes_unknown": self.shapes_unknown,
             "nodes_before": [asdict(n) for n in self.nodes_before],
             "nodes_after": [asdict(n) for n in self.nodes_after],
         }
@@ -154,6 +156,36 @@ def report(optimized: nn.Module) -> Report:
             f"report: {type(optimized).__name__} is not a module returned by fxfuse.optimize"
         )
     return found
+
+
+def nested_reports(model: nn.Module) -> dict[str, Report]:
+    """The reports of the parts of a model that were optimised before, by their paths."""
+    found = {name: m.__dict__.get(ATTRIBUTE) for name, m in model.named_modules() if name}
+    return {name: r for name, r in found.items() if isinstance(r, Report)}
+
+
+def with_nested(report: Report, nested: Mapping[str, Report]) -> Report:
+    """A report that tells what the parts optimised before hold, too."""
+    groups, refusals, before, after = (
+        [*report.groups],
+        [*report.refusals],
+        [*report.nodes_before],
+        [*report.nodes_after],
+    )
+    for path, inner in nested.items():
+        groups += [replace(g, anchor=f"{path}.{g.anchor}") for g in inner.groups]
+        refusals += [replace(r, name=f"{path}.{r.name}") for r in inner.refusals]
+        before += inner.nodes_before
+        after += inner.nodes_after
+    leaves = tuple(leaf for leaf in report.leaves if leaf.path not in nested)
+    return replace(
+        report,
+        groups=tuple(groups),
+        refusals=tuple(refusals),
+        leaves=leaves,
+        nodes_before=tuple(before),
+        nodes_after=tuple(after),
+    )
 
 
 # Building ----------------------------------------------------------------------------------------
@@ -260,7 +292,7 @@ def _sections(report: Report) -> list[str]:
         sections.append("Not traced\n" + tabulate(leaves, ("module", "type", "because")))
     sections.append("Totals of the fused groups\n" + _totals_table(report))
     if report.shapes_unknown:
-        sections.append(f"Shapes are not known: {report.shapes_unknown}")
+        sections.append(f"Not all shapes are known: {report.shapes_unknown}")
     return sections
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -27,23 +28,27 @@ def rewrite_region(plan: RegionPlan) -> fx.Graph:
     """The region's graph with its groups replaced, in place. Parameters stay where they are."""
     graph = plan.region.graph
     renamed: dict[fx.Node, fx.Node] = {}
-    for group in plan.groups:
-        _replace(graph, group, site_of(plan, group), renamed)
+    # By place, a group comes after those it reads and is inserted behind them.
+    groups = sorted(plan.groups, key=lambda group: group.place)
+    for group, point in zip(groups, _insertion_points(graph, groups), strict=True):
+        _replace(graph, group, point, site_of(plan, group), renamed)
     graph.lint()
     return graph
 
 
 def _replace(
-    graph: fx.Graph, group: FusionGroup, site: str, renamed: dict[fx.Node, fx.Node]
+    graph: fx.Graph,
+    group: FusionGroup,
+    point: fx.Node,
+    site: str,
+    renamed: dict[fx.Node, fx.Node],
 ) -> None:
-    """Insert the fused call of a group and erase what it replaces.
+    """Insert the fused call of a group before `point` and erase what it replaces.
 
     renamed: results that earlier groups' outputs became; extended by this group's.
     """
-    replaced = set(group.nodes)
-    if not isinstance(group.anchor, LinearCall):
-        replaced.discard(group.anchor.node)
-    with graph.inserting_before(_insertion_point(replaced)):
+    replaced = _replaced(group)
+    with graph.inserting_before(point):
         call = _call(graph, group, site, renamed)
         call.meta = dict(group.anchor.node.meta)
         results = [call]
@@ -64,10 +69,25 @@ def _replace(
     _erase_unused(graph, feeds)
 
 
-def _insertion_point(replaced: set[fx.Node]) -> fx.Node:
-    """The node the call goes before: the first that needs a result, or the group's last."""
-    users = (u for n in replaced for u in n.users if u not in replaced)
-    return min([max(replaced), *users])
+def _replaced(group: FusionGroup) -> set[fx.Node]:
+    """The nodes a group's call stands for; a norm stays and is its input."""
+    nodes = set(group.nodes)
+    if not isinstance(group.anchor, LinearCall):
+        nodes.discard(group.anchor.node)
+    return nodes
+
+
+def _insertion_points(graph: fx.Graph, groups: Sequence[FusionGroup]) -> list[fx.Node]:
+    """For each group, by place, the first node at or after its place that no group replaces."""
+    replaced = {node for group in groups for node in _replaced(group)}
+    points: list[fx.Node] = []
+    nodes = enumerate(graph.nodes)
+    position, node = next(nodes)
+    for group in groups:
+        while position < group.place or node in replaced or node.op == "get_attr":
+            position, node = next(nodes)
+        points.append(node)
+    return points
 
 
 def _call(

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from . import library, reference
-from .errors import KernelError, LibraryError, OperandShapeError
-from .layout import classify, operand_shapes, resolve_view
+from .errors import KernelError, LibraryError, ProgramError
+from .infer import Call, Result, Tensors, infer
+from .layout import classify, operand_shapes
 from .library import (
     DTYPES,
     POINTER_OPERAND,
@@ -29,27 +30,13 @@ from .library import (
     OperandLayout,
     Pointers,
 )
-from .program import Program
 
-Tensors = Sequence[torch.Tensor]
 Run = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", Tensors], list]
+
+Fixes = Sequence[tuple[int, "tuple[int, ...] | None"]]
 
 _MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORCED: list[str] = []
-
-
-@dataclass(frozen=True)
-class Call:
-    """A fused call as its caller describes it. Without weight, x itself is the accumulator."""
-
-    x: torch.Tensor
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    operands: Tensors
-    program: Program
-    transposed: bool
-    views: tuple[tuple[int, ...], ...]
-    site: str
 
 
 @dataclass(frozen=True)
@@ -60,16 +47,6 @@ class Recipe:
     route: str
     reason: str | None
     run: Run
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a call returns: shape of the accumulator, and shape and dtype of each output."""
-
-    acc_shape: tuple[int, ...]
-    acc_dtype: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
 
 
 class NoKernel(Exception):
@@ -89,70 +66,38 @@ def forced_route(route: str) -> Iterator[None]:
         FORCED.pop()
 
 
-def infer(call: Call) -> Result:
-    """Shapes and dtypes of the outputs, as torch's own ops give them.
-
-    Raises OperandShapeError where an operand does not broadcast, and RuntimeError, as torch does,
-    where x and weight do not fit.
-    """
-
-    def meta(t: torch.Tensor) -> torch.Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device="meta")
-
-    acc = meta(call.x)
-    if call.weight is not None:
-        bias = None if call.bias is None else meta(call.bias)
-        acc = reference.linear(acc, meta(call.weight), bias, call.transposed)
-    operands = [meta(o) for o in call.operands]
-    outputs = checked_outputs(call.program, acc, operands, call.views, call.site)
-    return Result(
-        tuple(acc.shape),
-        acc.dtype,
-        tuple(tuple(o.shape) for o in outputs),
-        tuple(o.dtype for o in outputs),
-    )
-
-
-def checked_outputs(
-    program: Program,
-    acc: torch.Tensor,
-    operands: Tensors,
-    views: Sequence[Sequence[int]],
-    site: str,
-) -> tuple[torch.Tensor, ...]:
-    """The reference's outputs; OperandShapeError, with all shapes, where it cannot run."""
-    try:
-        return reference.run(program, acc, operands, views=views)
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(o.shape)) for o in operands)
-        raise OperandShapeError(
-            f"fused call at {site}: operands of shape {shapes} against a matrix of shape "
-            f"{tuple(acc.shape)} in {' -> '.join(program.chain)}: {error}"
-        ) from None
-
-
 def prepare(call: Call) -> Recipe:
     """The recipe for calls like this one. Raises as `infer` does, before anything runs."""
     result = infer(call)
     try:
         return _kernel_recipe(call, result)
-    except NoKernel as reason:
+    except (NoKernel, ProgramError) as reason:
         if FORCED:
             raise KernelError(f"route {FORCED[-1]} cannot serve {call.site}: {reason}") from None
-        return Recipe("reference", str(reason), _reference_run(call))
+        return Recipe("reference", str(reason), reference_run(call))
 
 
-def _reference_run(call: Call) -> Run:
+def reference_run(call: Call) -> Run:
+    """Run calls like this one by torch ops."""
+
     def run(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
     ) -> list:
         acc = x if weight is None else reference.linear(x, weight, bias, call.transposed)
         outputs = reference.run(call.program, acc, operands, views=call.views)
-        # An output may be an input here (a program that only casts to the dtype it has); an op
-        # must return fresh tensors.
-        return [o.clone() if o is x or any(o is t for t in operands) else o for o in outputs]
+        # An output may share an input's memory here (a program that only casts to the dtype it
+        # has, or only views); an op must return fresh tensors.
+        held = [t for t in (x, *operands) if t.layout == torch.strided]
+        return [o.clone() if any(_share_memory(o, t) for t in held) else o for o in outputs]
 
     return run
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (
+        a.layout == torch.strided
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
+    )
 
 
 def _kernel_recipe(call: Call, result: Result) -> Recipe:
@@ -164,6 +109,10 @@ def _kernel_recipe(call: Call, result: Result) -> Recipe:
     for tensor in tensors:
         if tensor.device != device:
             raise NoKernel(f"tensors on {device} and {tensor.device}")
+        if tensor.layout != torch.strided:
+            raise NoKernel(f"a tensor's layout is {tensor.layout}")
+        if tensor.is_neg():
+            raise NoKernel("a tensor has its negation pending")
     lib = library.find(f"fxfuse_{device.type}")
     if isinstance(lib, LibraryError):
         raise NoKernel(f"no kernel library: {lib}")
@@ -220,7 +169,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def fixed(operands: Tensors, fixes: Sequence[tuple[int, tuple[int, ...] | None]]) -> Tensors:
+def fixed(operands: Tensors, fixes: Fixes) -> Tensors:
     """Operands with those no kernel can address copied."""
     if not fixes:
         return operands
@@ -265,7 +214,7 @@ def in_place_output(result: Result) -> int | None:
 def pointwise_run(
     call: Call,
     result: Result,
-    fixes: Sequence[tuple[int, tuple[int, ...] | None]],
+    fixes: Fixes,
     launch: Callable[[ctypes.Array], None],
 ) -> Run:
     """Run the product by torch, then the program over it by `launch(pointers)`.
@@ -309,7 +258,7 @@ def _cpu_recipe(
     result: Result,
     lib: Library,
     layouts: Sequence[OperandLayout],
-    fixes: Sequence[tuple[int, tuple[int, ...] | None]],
+    fixes: Fixes,
 ) -> Recipe:
     rows, columns = rows_and_columns(result.acc_shape)
     stride = columns if call.weight is not None else flatten_rows(call.x)[1]
@@ -321,17 +270,17 @@ def _cpu_recipe(
     def launch(pointers: ctypes.Array) -> None:
         status = entry(described, pointers, torch.get_num_threads())
         if status:
-            lib.check(status, f"fxfuse_cpu_run for {call.site}")
+            lib.check(status, f"fxfuse_cpu_run for {' -> '.join(call.program.chain)}")
 
     return Recipe("cpu", None, pointwise_run(call, result, fixes, launch))
 
 
-def resolve_views(
-    views: Sequence[Sequence[int]], shape: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """View shapes with every -1 filled in, for an accumulator of `shape`."""
-    elements = math.prod(shape)
-    return tuple(resolve_view(tuple(v), elements) for v in views)
+def tf32_allowed() -> bool:
+    """Whether torch's precision settings let fp32 products on CUDA be taken in TF32."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set through the per-backend switch of newer torch, which wins
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def gemm_of(call: Call, lda: int) -> Gemm:

@@ -3,7 +3,7 @@
 Three kinds of rewriting, each provable from the op table alone: an instruction that returns its
 argument (a clamp whose bounds the argument's interval already obeys, `* 1`, `/ 1`, `- 0`) is
 dropped; `x * sigmoid(x)` is silu; equal instructions are one. NaN needs no care: every op dropped
-for its interval passes NaN on.
+for its interval passes NaN on. Truth values do: `mask * 1.0` turns them into numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import math
 from dataclasses import dataclass
 
 from .ops import COMMUTATIVE, OPS, REALS, Interval
-from .program import ACC, Arg, Instruction, Operand, Program, Value
+from .program import ACC, Arg, Instruction, Kind, Operand, Program, Value, kind_of
+
+# Ops whose result is +0.0 where it is a zero; abs of any other may have to clear a sign.
+_NO_NEGATIVE_ZERO = frozenset({"abs", "square", "exp", "exp2", "sigmoid"})
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class _Rewriter:
     def __init__(self) -> None:
         self.instructions: list[Instruction] = []
         self.intervals: list[Interval] = [REALS]
-        self.known: dict[Instruction, Value] = {}
+        self.kinds: list[Kind] = [Kind.ACCUMULATOR]
+        self.known: dict[str, Value] = {}
         self.notes: list[str] = []
 
     def interval(self, arg: Arg) -> Interval:
@@ -50,13 +54,15 @@ class _Rewriter:
         if same is not None:
             return same
         instruction = self.canonical(instruction)
-        if instruction in self.known and _is_pure(instruction.op):
-            return self.known[instruction]
+        spelled = repr(instruction)  # unlike the floats themselves, tells 0.0 from -0.0
+        if spelled in self.known and _is_pure(instruction.op):
+            return self.known[spelled]
         self.instructions.append(instruction)
         value = Value(len(self.instructions))
         intervals = tuple(self.interval(a) for a in instruction.args)
         self.intervals.append(OPS[instruction.op].result_range(intervals, instruction.params))
-        self.known[instruction] = value
+        self.kinds.append(kind_of(instruction, self.kinds))
+        self.known[spelled] = value
         return value
 
     def redundant(self, instruction: Instruction) -> Value | None:
@@ -69,8 +75,12 @@ class _Rewriter:
             return None
         if op == "copy":
             return first
-        # A float beside a tensor never widens its dtype, so dropping it is safe in every dtype.
-        if (op in ("mul", "div") and args[1] == 1.0) or (op == "sub" and args[1] == 0.0):
+        kind = self.kinds[first.index]
+        if op == "like" and isinstance(args[1], Value):
+            both = (kind, self.kinds[args[1].index])
+            return first if both == (Kind.ACCUMULATOR, Kind.ACCUMULATOR) else None
+        # A float beside a floating tensor never changes its dtype.
+        if kind in (Kind.ACCUMULATOR, Kind.FLOATING) and _is_neutral(op, args[1:]):
             return first
         interval = self.interval(first)
         bounds = {"clamp": instruction.params, "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
@@ -80,7 +90,9 @@ class _Rewriter:
                 f"{spelled} dropped: its argument lies in [{interval.low:g}, {interval.high:g}]"
             )
             return first
-        if op == "abs" and interval.low >= 0:
+        definition = self.definition(first)
+        positive = interval.low > 0 or (definition and definition.op in _NO_NEGATIVE_ZERO)
+        if op == "abs" and positive:
             self.notes.append("abs dropped: its argument is not negative")
             return first
         return None
@@ -91,7 +103,9 @@ class _Rewriter:
         if op == "mul":
             for x, other in (args, args[::-1]):
                 definition = self.definition(other)
-                if definition and definition.op == "sigmoid" and definition.args[0] == x:
+                floating = isinstance(x, Value) and self.kinds[x.index] != Kind.BOOL
+                is_sigmoid = definition is not None and definition.op == "sigmoid"
+                if floating and is_sigmoid and definition and definition.args[0] == x:
                     self.notes.append("x * sigmoid(x) recognised as silu")
                     return Instruction("silu", (x,))
         if op == "div" and isinstance(args[1], float) and _is_power_of_two(args[1]):
@@ -100,6 +114,15 @@ class _Rewriter:
         if swappable and isinstance(args[1], Value):
             return Instruction(op, (args[1], args[0]))
         return instruction
+
+
+def _is_neutral(op: str, rest: tuple[Arg, ...]) -> bool:
+    """Whether `op(x, *rest)` is x for every x, -0.0 included."""
+    if not rest or not isinstance(rest[0], float):
+        return False
+    if op in ("mul", "div"):
+        return rest[0] == 1.0
+    return op == "sub" and rest[0] == 0.0 and math.copysign(1.0, rest[0]) > 0
 
 
 def _is_pure(op: str) -> bool:
@@ -126,8 +149,12 @@ def simplify(program: Program) -> Simplified:
 
 
 def _drop_unused(rewriter: _Rewriter, outputs: tuple[Value, ...]) -> Simplified:
-    """Keep what the outputs need, renumbering values and operands."""
+    """Keep what the outputs need, renumbering values and operands.
+
+    A dropout draws random numbers whether its result is read or not, so it stays.
+    """
     needed = {v.index for v in outputs}
+    needed |= {i for i, d in enumerate(rewriter.instructions, start=1) if not _is_pure(d.op)}
     for index in range(len(rewriter.instructions), 0, -1):
         if index in needed:
             args = rewriter.instructions[index - 1].args

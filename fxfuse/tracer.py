@@ -20,7 +20,16 @@ from torch import fx, nn
 
 from fxfuse import ambient
 from fxfuse.errors import FxfuseError
-from fxfuse.proxies import RefusalError, TracedValue, is_internal, is_tensor, none_tests, place
+from fxfuse.proxies import (
+    RefusalError,
+    TracedValue,
+    check_assertion,
+    in_assert,
+    is_internal,
+    is_tensor,
+    none_tests,
+    place,
+)
 from fxfuse.traits import is_torch_leaf, leaf_reason
 
 
@@ -215,6 +224,12 @@ class RegionTracer(fx.Tracer):
         node = obj.node
         if node.op == "get_attr" and str(node.target).endswith("training"):
             raise self.refuse("forward branches on self.training")
+        frame = self._user_frame()
+        if frame is not None and in_assert(frame):
+            self.create_proxy(
+                "call_function", check_assertion, (obj, f"assertion failed{self._here()}"), {}
+            )
+            return True
         raise self.refuse("forward branches on a tensor value")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:

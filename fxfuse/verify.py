@@ -122,9 +122,12 @@ def _row(index: int, fused: torch.Tensor, eager: torch.Tensor, truth: torch.Tens
 
 
 def _error(y: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
-    """Relative error in norm and largest absolute error, where the truth is finite."""
-    finite = truth.isfinite()
-    difference = torch.where(finite, y.double() - truth, torch.zeros_like(truth))
-    scale = torch.where(finite, truth, torch.zeros_like(truth)).norm()
+    """Relative error in norm and largest absolute error; infinite where one is not finite and the
+    other not the same."""
+    y = y.double()
+    same = (y == truth) | (y.isnan() & truth.isnan())
+    difference = torch.where(same, 0.0, y - truth)
+    difference = torch.where(difference.isfinite(), difference, torch.inf)
+    scale = torch.where(truth.isfinite(), truth, 0.0).norm()
     worst = difference.abs().max().item() if difference.numel() else 0.0
     return (difference.norm() / scale.clamp_min(torch.finfo(torch.float64).tiny)).item(), worst

@@ -189,7 +189,8 @@ class Checker {
       return BadItem("instruction", i, kIndexField[j], index, limit);
     }
     if (op.source[j] == FXFUSE_FROM_SLOT && (written_slots_ >> index & 1u) == 0) {
-      return BadItem("instruction", i, kIndexField[j], index, "a slot an earlier instruction saved to");
+      return BadItem("instruction", i, kIndexField[j], index,
+                     "a slot an earlier instruction saved to");
     }
     if (op.source[j] == FXFUSE_FROM_OPERAND) used_operands_ |= 1u << index;
     return FXFUSE_OK;
@@ -217,7 +218,8 @@ class Checker {
   }
 
   fxfuse_status Null(const char* name, int i = 0) {
-    return Fail(FXFUSE_BAD_ARGUMENT, "%s: pointer of %s[%d] is null, expected an address", call_, name, i);
+    return Fail(FXFUSE_BAD_ARGUMENT, "%s: pointer of %s[%d] is null, expected an address", call_,
+                name, i);
   }
 
   const char* const call_;

@@ -49,20 +49,21 @@ FXFUSE_HD float AtLeast(float x, float low) { return x < low ? low : x; }
 FXFUSE_HD float PowerOfTwo(int32_t n) { return BitCast<float>((n + 127) << 23); }
 
 // Adding it rounds a small float to an integer, which is then in the low bits.
-constexpr float kRound = 12582912.0f;             // 1.5 * 2^23
+constexpr float kRound = 12582912.0f;              // 1.5 * 2^23
 constexpr double kRoundDouble = 6755399441055744;  // 1.5 * 2^52
 
-// exp(r) - 1 for |r| <= ln(2) / 2, fit error 2^-28.
-FXFUSE_HD float ExpM1Reduced(float r) {
+// exp(r) - 1 - r for |r| <= ln(2) / 2, fit error 2^-28.
+FXFUSE_HD float ExpTail(float r) {
   constexpr float kTail[] = {0.5f, 0.166665152f, 0.0416661985f, 0.00836923998f, 0.00139510958f};
-  return r + (r * r) * Polynomial(r, kTail);
+  return (r * r) * Polynomial(r, kTail);
 }
 
-// exp(x) = (1 + fraction) * 2^exponent with fraction in [-0.3, 0.42]; |x| below 2^20, or NaN,
-// which ends up in `fraction`.
+// exp(x) = (1 + r + tail) * 2^exponent with |r| <= 0.35 and `tail` small beside 1, carrying what
+// rounding took from r. |x| below 2^20, or NaN, which ends up in `r`.
 struct ExpParts {
-  float fraction;
+  float r, tail;
   int32_t exponent;
+  FXFUSE_HD float fraction() const { return r + tail; }
 };
 FXFUSE_HD ExpParts SplitExp(float x) {
   constexpr float kLog2E = 1.44269502f;
@@ -70,21 +71,28 @@ FXFUSE_HD ExpParts SplitExp(float x) {
   constexpr float kLn2Low = -2.12194440e-4f;
   const float shifted = x * kLog2E + kRound;
   const float n = shifted - kRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
-  return {ExpM1Reduced(r), BitCast<int32_t>(shifted) - BitCast<int32_t>(kRound)};
+  const float high = x - n * kLn2High;
+  const float r = high - n * kLn2Low;
+  const float lost = (high - r) - n * kLn2Low;
+  return {r, ExpTail(r) + lost, BitCast<int32_t>(shifted) - BitCast<int32_t>(kRound)};
 }
 
-// 1 + exp(y), rounded once where exp(y) is neither huge nor tiny. Infinite from 88.37 on.
-FXFUSE_HD float OnePlusExp(float y) {
-  const ExpParts e = SplitExp(AtLeast(y, -87.0f));
+// 1 + exp(y) for y in [-87, 88], or NaN; rounded once where exp(y) is neither huge nor tiny.
+FXFUSE_HD float OnePlusExpBounded(float y) {
+  const ExpParts e = SplitExp(y);
   const float power = PowerOfTwo(e.exponent);
-  const float sum = (1.0f + power) + power * e.fraction;
+  return (1.0f + power) + power * e.fraction();
+}
+
+// 1 + exp(y), infinite from 88.37 on.
+FXFUSE_HD float OnePlusExp(float y) {
+  const float sum = OnePlusExpBounded(AtLeast(y, -87.0f));
   return y > 88.37f ? kInf : sum;
 }
 
 // log(1 + x) for finite x > -1.
 FXFUSE_HD float Log1pFinite(float x) {
-  constexpr float kTail[] = {0.333333313f,  -0.250008315f, 0.200012758f, -0.166230381f,
+  constexpr float kTail[] = {0.333333313f, -0.250008315f, 0.200012758f, -0.166230381f,
                              0.142003044f, -0.131619766f, 0.127734482f, -0.0764494538f};
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
@@ -103,7 +111,7 @@ FXFUSE_HD float Log1pFinite(float x) {
 // growing as the exponent does; zero from 14.5 on.
 FXFUSE_HD float NormalTail(float a) {
   // log2(1 - Phi(a)) + a^2 log2(e) / 2, on [1, 10].
-  constexpr float kSmooth[] = {-0.999955654f,  -1.15148759f,    0.263288587f,   -0.0542466789f,
+  constexpr float kSmooth[] = {-0.999955654f,  -1.15148759f,     0.263288587f,    -0.0542466789f,
                                0.00859618466f, -0.000939307676f, 6.08967675e-05f, -1.71715328e-06f};
   constexpr float kHalfLog2E = 0.721347520f;
   constexpr float kLn2 = 0.693147181f;
@@ -116,7 +124,7 @@ FXFUSE_HD float NormalTail(float a) {
   const float r = ((smooth - n) - scaled * b) * kLn2;
   const int32_t exponent = BitCast<int32_t>(shifted) - BitCast<int32_t>(kRound);
   const float power = BitCast<float>((exponent < -126 ? 0 : exponent + 127) << 23);
-  return power + power * ExpM1Reduced(r);
+  return power + power * (r + ExpTail(r));
 }
 
 // log(x) for x > 0 (subnormal or not), as n ln(2) + rest with |rest| <= ln(2) / 2. Error 2^-45.
@@ -147,8 +155,8 @@ FXFUSE_HD float LogSpecial(float x, float regular) {
 
 // 2^y as a double, for |y| < 1000 or NaN. Error 2^-40.
 FXFUSE_HD double Exp2Double(double y) {
-  constexpr double kTail[] = {0.69314718054589164,   0.24022650695563866,   0.055504109416811026,
-                              0.0096181292176961922, 0.0013333449990068015, 0.00015403416435229335,
+  constexpr double kTail[] = {0.69314718054589164,    0.24022650695563866,   0.055504109416811026,
+                              0.0096181292176961922,  0.0013333449990068015, 0.00015403416435229335,
                               1.5310250966336895e-05, 1.3263329054082751e-06};
   const double shifted = y + kRoundDouble;
   const double r = y - (shifted - kRoundDouble);
@@ -212,8 +220,7 @@ struct HostMath {
   static FXFUSE_HD float round_f16(float x) {
     const uint32_t bits = BitCast<uint32_t>(x);
     const uint32_t rounded = (bits + 0xfffu + (bits >> 13 & 1u)) & 0xffffe000u;
-    const float normal =
-        abs(x) < 65520.0f ? BitCast<float>(rounded) : __builtin_copysignf(kInf, x);
+    const float normal = abs(x) < 65520.0f ? BitCast<float>(rounded) : __builtin_copysignf(kInf, x);
     // Below 2^-14 the spacing is 2^-24, which is a float's just above 1/2.
     const float subnormal = __builtin_copysignf((abs(x) + 0.5f) - 0.5f, x);
     const float value = abs(x) < 6.103515625e-05f ? subnormal : normal;
@@ -224,7 +231,9 @@ struct HostMath {
     const ExpParts e = SplitExp(AtMost(AtLeast(x, -105.0f), 89.0f));
     // In two steps, since the power of two alone may leave the range that the result is in.
     const int32_t half = e.exponent >> 1;
-    return (1.0f + e.fraction) * PowerOfTwo(half) * PowerOfTwo(e.exponent - half);
+    const float sum = 1.0f + e.r;
+    const float mantissa = sum + ((e.r - (sum - 1.0f)) + e.tail);
+    return mantissa * PowerOfTwo(half) * PowerOfTwo(e.exponent - half);
   }
   static FXFUSE_HD float exp2(float x) {
     return static_cast<float>(Exp2Double(AtMost(AtLeast(x, -160.0f), 140.0f)));
@@ -232,7 +241,11 @@ struct HostMath {
   static FXFUSE_HD float expm1(float x) {
     const ExpParts e = SplitExp(AtMost(AtLeast(x, -30.0f), 89.0f));
     const float half = PowerOfTwo(e.exponent - 1);
-    const float regular = 2.0f * (half * e.fraction + (half - 0.5f));
+    // half - 1/2 + half r, and what rounding the two sums lost; half r itself is exact.
+    const float rest = half - 0.5f;
+    const float sum = half * e.r + rest;
+    const float lost = ((rest - sum) + half * e.r) + ((half - rest) - 0.5f);
+    const float regular = 2.0f * (sum + (half * e.tail + lost));
     return abs(x) < 1e-8f ? x : regular;
   }
   static FXFUSE_HD float log(float x) {
@@ -283,24 +296,24 @@ struct HostMath {
 
   // tanh(a) - a for 0 <= a < 1, relative fit error 2^-28 of tanh.
   static FXFUSE_HD float TanhTail(float a) {
-    constexpr float kTail[] = {-0.333332956f,   0.133323446f,  -0.0538798012f, 0.0214866512f,
+    constexpr float kTail[] = {-0.333332956f,   0.133323446f,   -0.0538798012f,  0.0214866512f,
                                -0.00794609636f, 0.00230135769f, -0.000358450023f};
     const float u = a * a;
     return a * (u * Polynomial(u, kTail));
   }
   static FXFUSE_HD float tanh(float x) {
     const float a = abs(x);
-    const float far = 1.0f - 2.0f / OnePlusExp(AtMost(2.0f * a, 40.0f));
+    const float far = 1.0f - 2.0f / OnePlusExpBounded(AtMost(2.0f * a, 40.0f));
     return __builtin_copysignf(a < 1.0f ? a + TanhTail(a) : far, x);
   }
   static FXFUSE_HD float tanhshrink(float x) {
     const float a = abs(x);
-    const float far = a - (1.0f - 2.0f / OnePlusExp(AtMost(2.0f * a, 40.0f)));
+    const float far = a - (1.0f - 2.0f / OnePlusExpBounded(AtMost(2.0f * a, 40.0f)));
     return __builtin_copysignf(a < 1.0f ? -TanhTail(a) : far, x);
   }
   static FXFUSE_HD float erf(float x) {
     // erf(a) / a - 1 in a^2, for a < 1, relative fit error 2^-29.
-    constexpr float kTail[] = {0.128379166f,    -0.37612626f,     0.112835854f,  -0.026853811f,
+    constexpr float kTail[] = {0.128379166f,   -0.37612626f,     0.112835854f,   -0.026853811f,
                                0.00518832728f, -0.000801019021f, 7.85385128e-05f};
     constexpr float kSqrt2 = 1.41421354f;
     const float a = abs(x);
@@ -311,7 +324,7 @@ struct HostMath {
   // x Phi(x), Phi the normal distribution function.
   static FXFUSE_HD float gelu(float x) {
     // (Phi(x) - 1/2) / x in x^2, for |x| < 1, fit error 2^-32.
-    constexpr float kCentre[] = {0.398942292f,   -0.0664903298f, 0.00997317117f,
+    constexpr float kCentre[] = {0.398942292f,   -0.0664903298f,  0.00997317117f,
                                  -0.0011859847f, 0.000113143644f, -7.53030554e-06f};
     const float a = abs(x);
     const float u = x * x;
@@ -323,9 +336,7 @@ struct HostMath {
     return __builtin_copysignf(a < 1.0f ? near : far, x);
   }
   // log(1 + exp(x))
-  static FXFUSE_HD float softplus(float x) {
-    return AtLeast(x, 0.0f) + Log1pFinite(exp(-abs(x)));
-  }
+  static FXFUSE_HD float softplus(float x) { return AtLeast(x, 0.0f) + Log1pFinite(exp(-abs(x))); }
   // x tanh(log(1 + e)) = x n / (n + 2), n = e^2 + 2e, e = exp(x); on the right the quotient nears
   // 1, and x - x * 2 / (n + 2) rounds less.
   static FXFUSE_HD float mish(float x) {

@@ -88,8 +88,8 @@ struct Pointwise {
     return x >= -lambd && x <= lambd ? 0.0f : x;
   }
   static FXFUSE_HD float softshrink(float x, float lambd) {
-    // x * 0 where the result vanishes: NaN stays NaN.
-    return x > lambd ? x - lambd : (x < -lambd ? x + lambd : x * 0.0f);
+    const float small = x != x ? x : 0.0f;
+    return x > lambd ? x - lambd : (x < -lambd ? x + lambd : small);
   }
   static FXFUSE_HD float tanhshrink(float x) { return M::tanhshrink(x); }
   static FXFUSE_HD float threshold(float x, float limit, float value) {
@@ -146,8 +146,7 @@ struct Pointwise {
   static FXFUSE_HD float lerp(float start, float end, float weight) {
     // Two forms, so that weight 0 gives start and weight 1 gives end exactly.
     const float difference = end - start;
-    return M::abs(weight) < 0.5f ? start + weight * difference
-                                 : end - difference * (1.0f - weight);
+    return M::abs(weight) < 0.5f ? start + weight * difference : end - difference * (1.0f - weight);
   }
 };
 
@@ -160,13 +159,13 @@ struct Pointwise {
 
 template <class M, Opcode op>
 struct Functor;
-#define FXFUSE_OP(name, arity, params)                                                     \
-  template <class M>                                                                       \
-  struct Functor<M, Opcode::name> {                                                        \
-    static FXFUSE_HD float Apply(float a, float b, float c, float p0, float p1) {          \
-      (void)b, (void)c, (void)p0, (void)p1;                                                \
-      return Pointwise<M>::name FXFUSE_ARGUMENTS_##arity##_##params;                       \
-    }                                                                                      \
+#define FXFUSE_OP(name, arity, params)                                            \
+  template <class M>                                                              \
+  struct Functor<M, Opcode::name> {                                               \
+    static FXFUSE_HD float Apply(float a, float b, float c, float p0, float p1) { \
+      (void)b, (void)c, (void)p0, (void)p1;                                       \
+      return Pointwise<M>::name FXFUSE_ARGUMENTS_##arity##_##params;              \
+    }                                                                             \
   };
 #include "opcodes.def"
 #undef FXFUSE_OP

@@ -478,3 +478,66 @@ def test_capture_leaves_the_original_deep_copyable_and_equal():
     capture(model)
     assert model.state_dict().keys() == twin.state_dict().keys()
     assert not hasattr(model.inner, "last")
+
+
+# pytest rewrites the asserts of this file, so those of the models come from elsewhere.
+ASSERTING = """
+def asserts(self, x):
+    assert x.size(-1) == 4, f"width is {x.size(-1)}"
+    y = self.linear(x)
+    assert y.dim() == 2
+    return y
+
+def asserts_either(self, x):
+    assert x.dim() == 2 or x.dim() == 3
+    return self.linear(x)
+"""
+
+
+def from_source(name):
+    space: dict[str, Any] = {}
+    exec(compile(ASSERTING, "model.py", "exec"), space)
+    return space[name]
+
+
+def test_asserts_are_checked_at_every_call():
+    (region,) = capture(module(from_source("asserts"))).regions
+    fused = build_module(region.module, region.graph)
+    fused(torch.ones(2, 4))
+    with pytest.raises(AssertionError, match=r"assertion failed \(model.py:"):
+        fused(torch.ones(2, 5))
+    with pytest.raises(AssertionError):
+        fused(torch.ones(4))
+
+
+def test_assert_of_more_than_one_value_is_a_branch():
+    assert reasons(capture(module(from_source("asserts_either"))))[""].startswith(
+        "forward branches on a tensor"
+    )
+
+
+def test_custom_autograd_functions_are_refused():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 3
+
+    captured = capture(module(lambda self, x: Double.apply(self.linear(x))))
+    assert "gradient mode" in reasons(captured)[""]
+
+
+def test_in_place_work_on_a_buffer_waits_for_the_call():
+    def forward(self, x):
+        self.count.add_(1)
+        return x * self.count
+
+    model = module(forward)
+    model.register_buffer("count", torch.zeros(()))
+    (region,) = capture(model).regions
+    assert model.count == 0
+    build_module(region.module, region.graph)(torch.ones(4))
+    assert model.count == 1

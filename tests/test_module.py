@@ -353,3 +353,40 @@ def test_own_setattr_of_the_original_is_not_called_without_state():
             return x + 1
 
     assert torch.equal(optimise(Strict())(X), X + 1)
+
+
+class Final(type):
+    """A metaclass whose classes cannot be derived from."""
+
+    def __new__(mcs, name, bases, members, **_):
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("final")
+        return super().__new__(mcs, name, bases, members)
+
+
+class Sealed(nn.Module, metaclass=Final):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    @property
+    def width(self) -> int:
+        return 4
+
+    def twice(self, x):
+        return self(x) * 2
+
+    def forward(self, x, mask=None):
+        x = self.linear(x)
+        return x if mask is None else x * mask
+
+
+def test_class_that_cannot_be_derived_from_is_delegated_to():
+    model = Sealed()
+    fused = optimise(model)
+    assert isinstance(fused, fx.GraphModule)
+    assert fused.width == 4
+    assert torch.equal(fused.twice(X), model(X) * 2)
+    assert agree(model, pickled(fused), torch.ones(4) * 2)
+    with pytest.raises(AttributeError):
+        _ = fused.nothing

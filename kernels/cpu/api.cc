@@ -19,7 +19,8 @@ struct Isa {
   bool (*is_supported)();
 };
 
-const Isa kIsas[] = {  // best first
+const Isa kIsas[] = {
+// best first
 #if defined(FXFUSE_X86)
     {&avx512::kKernels,
      [] {
@@ -80,7 +81,7 @@ void Work(void* data) {
   const int64_t count = job.plan.tile_count;
   while (first < count) {
     const int64_t last = first + job.chunk < count ? first + job.chunk : count;
-    for (int64_t i = first; i < last; ++i) interpreter.RunTile(i, i + 1 < last ? i + 1 : count);
+    for (int64_t i = first; i < last; ++i) interpreter.RunTile(i);
     first = job.next.fetch_add(job.chunk, std::memory_order_relaxed);
   }
 }
@@ -106,8 +107,8 @@ void WorkOnOwnThreads(Job* job, int threads) {
 
 fxfuse_status RunPlan(const Plan& plan, int threads) {
   const int64_t elements = plan.rows * plan.columns;
-  const int64_t work = elements > INT64_MAX / plan.element_cost ? INT64_MAX
-                                                                : elements * plan.element_cost;
+  const int64_t work =
+      elements > INT64_MAX / plan.element_cost ? INT64_MAX : elements * plan.element_cost;
   int64_t useful = work / kWorkPerThread;
   if (useful > plan.tile_count) useful = plan.tile_count;
   if (useful < threads) threads = useful < 1 ? 1 : static_cast<int>(useful);

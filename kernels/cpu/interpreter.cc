@@ -64,47 +64,7 @@ Interpreter::Tile Interpreter::TileAt(int64_t index) const {
   return tile;
 }
 
-// The hardware's prefetchers see a tile's first touch and then nothing while its steps compute, so
-// memory would idle meanwhile. The next tile's lines are asked for between the steps instead.
-void Interpreter::PlanPrefetch(int64_t index) {
-  range_count_ = 0;
-  if (index >= plan_.tile_count) return;
-  const Tile tile = TileAt(index);
-  if (plan_.reads_accumulator) AddPrefetch(plan_.accumulator, tile, false);
-  for (const OperandPlan& o : plan_.operand) {
-    const bool is_plain = o.kind == Broadcast::kMatrix && o.column_stride == 1 && o.repeat == 1;
-    const bool is_long = o.kind == Broadcast::kRow && plan_.rows == 1 && o.column_stride == 1;
-    if (!is_plain && !is_long) continue;
-    const Tile source = {tile.row % o.period, tile.column, tile.rows, tile.columns};
-    AddPrefetch({const_cast<char*>(o.data), o.dtype, o.row_stride}, source, false);
-  }
-  for (int i = 0; i < plan_.output_count; ++i) AddPrefetch(plan_.output[i], tile, true);
-}
-
-void Interpreter::AddPrefetch(const MatrixPlan& matrix, const Tile& tile, bool is_written) {
-  if (matrix.data == nullptr || !IsContiguous(tile, matrix.row_stride)) return;
-  const int64_t size = ElementSize(matrix.dtype);
-  range_[range_count_++] = {matrix.data + (tile.row * matrix.row_stride + tile.column) * size,
-                            tile.count() * size, is_written};
-}
-
-// One of `parts` shares of what is to be fetched.
-void Interpreter::Prefetch(int part, int parts) const {
-  constexpr int64_t kLine = 64;
-  for (int i = 0; i < range_count_; ++i) {
-    const Range& range = range_[i];
-    const int64_t lines = (range.size + kLine - 1) / kLine;
-    for (int64_t j = lines * part / parts; j < lines * (part + 1) / parts; ++j) {
-      if (range.is_written) {
-        __builtin_prefetch(range.data + j * kLine, 1, 2);
-      } else {
-        __builtin_prefetch(range.data + j * kLine, 0, 2);
-      }
-    }
-  }
-}
-
-void Interpreter::RunTile(int64_t index, int64_t next) {
+void Interpreter::RunTile(int64_t index) {
   const Tile tile = TileAt(index);
   const int vectors = (tile.count() + kLane - 1) / kLane * kLane;
 
@@ -113,14 +73,11 @@ void Interpreter::RunTile(int64_t index, int64_t next) {
   const float* previous = nullptr;
   if (plan_.reads_accumulator) {
     const MatrixPlan& a = plan_.accumulator;
-    const char* data =
-        a.data + (tile.row * a.row_stride + tile.column) * ElementSize(a.dtype);
+    const char* data = a.data + (tile.row * a.row_stride + tile.column) * ElementSize(a.dtype);
     previous = LoadPlain(data, a.dtype, a.row_stride, Buffer(0), tile);
   }
 
-  PlanPrefetch(next);
   for (int i = 0; i < plan_.step_count; ++i) {
-    Prefetch(i, plan_.step_count);
     const StepPlan& step = plan_.step[i];
     const float* argument[3] = {nullptr, nullptr, nullptr};
     for (int j = 0; j < step.arity; ++j) {
@@ -170,8 +127,7 @@ const float* Interpreter::LoadOperand(int index, const Tile& tile) {
   const RowCursor cursor(o, tile.row);
   const bool is_plain = o.repeat == 1 && cursor.row() + tile.rows <= o.period;
   if (o.column_stride == 1 && (is_plain || tile.rows == 1)) {
-    const char* data =
-        o.data + (cursor.row() * o.row_stride + tile.column) * ElementSize(o.dtype);
+    const char* data = o.data + (cursor.row() * o.row_stride + tile.column) * ElementSize(o.dtype);
     return LoadPlain(data, o.dtype, o.row_stride, Buffer(o.buffer), tile);
   }
   GatherRows(o, tile);
@@ -183,8 +139,8 @@ const float* Interpreter::LoadRow(const OperandPlan& o, int index, const Tile& t
   const bool is_whole_row = plan_.column_tiles == 1 && plan_.rows > 1;
   if (is_whole_row && (row_is_ready_ >> index & 1u) != 0) return buffer;
   const char* data = o.data + tile.column * o.column_stride * ElementSize(o.dtype);
-  const bool is_direct = o.dtype == FXFUSE_F32 && o.column_stride == 1 && tile.rows == 1 &&
-                         tile.columns % kLane == 0;
+  const bool is_direct =
+      o.dtype == FXFUSE_F32 && o.column_stride == 1 && tile.rows == 1 && tile.columns % kLane == 0;
   if (is_direct) return reinterpret_cast<const float*>(data);
   LoadStrided(o, data, buffer, tile.columns);
   if (is_whole_row) {
@@ -219,7 +175,8 @@ const float* Interpreter::LoadPlain(const char* data, int dtype, int64_t row_str
     return buffer;
   }
   const int64_t step = row_stride * ElementSize(dtype);
-  for (int i = 0; i < tile.rows; ++i) load(buffer + i * tile.columns, data + i * step, tile.columns);
+  for (int i = 0; i < tile.rows; ++i)
+    load(buffer + i * tile.columns, data + i * step, tile.columns);
   return buffer;
 }
 
@@ -233,8 +190,7 @@ void Interpreter::GatherRows(const OperandPlan& o, const Tile& tile) {
   }
 }
 
-void Interpreter::LoadStrided(const OperandPlan& o, const char* data, float* out,
-                              int count) const {
+void Interpreter::LoadStrided(const OperandPlan& o, const char* data, float* out, int count) const {
   const LoadLoop load = plan_.kernels->load[o.dtype];
   if (o.column_stride == 1) return load(out, data, count);
   const int64_t step = o.column_stride * ElementSize(o.dtype);

@@ -17,8 +17,8 @@ class Interpreter {
   explicit Interpreter(const Plan& plan);
   bool ok() const { return memory_ != nullptr; }
 
-  // Runs tile `index` of plan.tile_count, and fetches ahead for tile `next` (if below tile_count).
-  void RunTile(int64_t index, int64_t next);
+  // Runs tile `index` of plan.tile_count.
+  void RunTile(int64_t index);
 
  private:
   // Rows [row, row + rows) and columns [column, column + columns) of the matrix.
@@ -38,17 +38,7 @@ class Interpreter {
   void LoadStrided(const OperandPlan& operand, const char* data, float* out, int count) const;
   void Store(const MatrixPlan& matrix, const float* value, const Tile& tile) const;
   Tile TileAt(int64_t index) const;
-  void PlanPrefetch(int64_t index);
-  void AddPrefetch(const MatrixPlan& matrix, const Tile& tile, bool is_written);
-  void Prefetch(int part, int parts) const;
   float* DirectOutput(const StepPlan& step, const Tile& tile) const;
-
-  // Adjacent bytes the next tile will touch.
-  struct Range {
-    const char* data;
-    int64_t size;
-    bool is_written;
-  };
 
   struct Free {
     void operator()(void* memory) const;
@@ -57,8 +47,6 @@ class Interpreter {
   const Plan& plan_;
   std::unique_ptr<void, Free> memory_;
   float* buffers_ = nullptr;
-  Range range_[FXFUSE_MAX_OPERANDS + FXFUSE_MAX_OUTPUTS + 1];
-  int range_count_ = 0;
   unsigned row_is_ready_ = 0;  // operands whose buffer holds their row for every tile
 };
 

@@ -3,8 +3,8 @@
 // No standard header with inline functions may be included here: the linker would be free to keep
 // this file's AVX-512 copy of one for everybody.
 
-#include "isa.h"
 #include "include/fxfuse.h"
+#include "isa.h"
 #include "math_host.h"
 
 #if defined(__F16C__)

@@ -205,10 +205,9 @@ void MakePlan(const fxfuse_problem& problem, void* const* pointers, const IsaKer
   for (int i = 0; i < FXFUSE_MAX_OPERANDS; ++i) {
     plan->operand[i].kind = Broadcast::kUnused;
     if (!used[i]) continue;
-    plan->operand[i] = SimplifyOperand(program.operand[i], pointers[FXFUSE_PTR_OPERAND + i],
-                                       problem.m, problem.n);
+    plan->operand[i] =
+        SimplifyOperand(program.operand[i], pointers[FXFUSE_PTR_OPERAND + i], problem.m, problem.n);
   }
-  plan->output_count = program.output_count;
   for (int i = 0; i < program.output_count; ++i) {
     plan->output[i] = {static_cast<char*>(pointers[FXFUSE_PTR_OUTPUT + i]), program.output[i].dtype,
                        problem.m == 1 ? problem.n : program.output[i].row_stride};

@@ -62,7 +62,6 @@ struct Plan {
   MatrixPlan accumulator;
   bool reads_accumulator;
   OperandPlan operand[FXFUSE_MAX_OPERANDS];
-  int output_count;
   MatrixPlan output[FXFUSE_MAX_OUTPUTS];
   int step_count;
   StepPlan step[FXFUSE_MAX_INSTRUCTIONS];

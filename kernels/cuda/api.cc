@@ -3,12 +3,12 @@
 // Nothing here synchronises or allocates on the device, so once fxfuse_cuda_init has run a call may
 // be captured in a CUDA graph.
 
-#include <cuda_runtime_api.h>
-
 #include "choose.h"
 #include "common.h"
 #include "device.h"
 #include "device_program.h"
+#include "hopper_launch.h"
+#include "launch.h"
 
 namespace fxfuse {
 namespace {
@@ -18,15 +18,13 @@ struct Choice {
   fxfuse_route route;
   const PointwiseKernel* pointwise = nullptr;
   const PortableKernel* portable = nullptr;
+  const HopperKernel* hopper = nullptr;
 
-  const char* Name() const { return pointwise != nullptr ? pointwise->name : portable->name; }
+  const char* Name() const {
+    if (pointwise != nullptr) return pointwise->name;
+    return hopper != nullptr ? hopper->name : portable->name;
+  }
 };
-
-fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit) {
-  if (value <= limit) return FXFUSE_OK;
-  return Fail(FXFUSE_UNSUPPORTED, "%s: %s=%lld, the kernels take up to %lld", call, field,
-              static_cast<long long>(value), static_cast<long long>(limit));
-}
 
 // Without addresses (`pointers` null) A and B are taken to start at multiples of 16 bytes.
 bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
@@ -39,10 +37,17 @@ bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
 
 fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* const* pointers,
                          const Device& device, Choice* choice) {
-  // The Hopper mainloop will be tried here first, under AUTO as well.
+  const bool aligned = InputsAligned(problem, pointers);
+  if (problem.route == FXFUSE_ROUTE_AUTO || problem.route == FXFUSE_ROUTE_HOPPER) {
+    choice->route = FXFUSE_ROUTE_HOPPER;
+    choice->hopper = ChooseHopper(problem, aligned, device.limits);
+    if (choice->hopper != nullptr) return FXFUSE_OK;
+  }
   if (problem.route == FXFUSE_ROUTE_HOPPER) {
-    return Fail(FXFUSE_UNSUPPORTED, "%s: route=hopper (%d) is not built into this library", call,
-                problem.route);
+    return Fail(FXFUSE_UNSUPPORTED,
+                "%s: route=hopper (%d) takes 16-bit inputs with rows at multiples of 16 bytes and "
+                "K > 0, on sm_90",
+                call, problem.route);
   }
   if (problem.route == FXFUSE_ROUTE_POINTWISE) {
     return Fail(FXFUSE_BAD_ARGUMENT, "%s: route=pointwise (%d), expected has_gemm=0 with it", call,
@@ -51,7 +56,7 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
   fxfuse_status status = CheckLimit(call, "k", problem.k, kPortableMaxK);
   if (status != FXFUSE_OK) return status;
   choice->route = FXFUSE_ROUTE_PORTABLE;
-  choice->portable = ChoosePortable(problem, InputsAligned(problem, pointers), device.limits);
+  choice->portable = ChoosePortable(problem, aligned, device.limits);
   if (choice->portable == nullptr) {
     return Fail(FXFUSE_UNSUPPORTED, "%s: no portable kernel fits %d bytes of shared memory", call,
                 device.limits.shared_bytes_per_block);
@@ -73,60 +78,6 @@ fxfuse_status Choose(const char* call, const fxfuse_problem& problem, void* cons
   choice->route = FXFUSE_ROUTE_POINTWISE;
   choice->pointwise = &PointwiseKernelFor(RequiredMath(problem.program));
   return FXFUSE_OK;
-}
-
-fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
-                     int threads, int shared_bytes, void* arguments, void* stream) {
-  const fxfuse_status status = CheckLimit(call, "blocks", blocks, INT32_MAX);
-  if (status != FXFUSE_OK) return status;
-  void* parameters[] = {arguments};
-  const cudaError_t error =
-      cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), parameters,
-                       shared_bytes, static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return FXFUSE_OK;
-  // Taken off the runtime's record: it is told here, and must not surface again in a later call.
-  cudaGetLastError();
-  return Fail(FXFUSE_RUNTIME_ERROR, "%s: launch of %s: %s", call, kernel,
-              cudaGetErrorString(error));
-}
-
-fxfuse_status RunPointwise(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                           const Device& device, const PointwiseKernel& kernel, void* stream) {
-  PointwiseArguments arguments;
-  arguments.accumulator = pointers[FXFUSE_PTR_A];
-  arguments.row_stride = problem.lda;
-  arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
-  arguments.vector =
-      VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
-  const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
-  TranslateProgram(problem, pointers, &arguments.program);
-  const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
-  const int64_t resident = device.pointwise_blocks[static_cast<int>(kernel.math)];
-  return Launch(call, kernel.name, kernel.function, all < resident ? all : resident,
-                kPointwiseThreads, 0, &arguments, stream);
-}
-
-fxfuse_status RunPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                          const PortableKernel& kernel, void* stream) {
-  PortableArguments arguments;
-  arguments.a = pointers[FXFUSE_PTR_A];
-  arguments.b = pointers[FXFUSE_PTR_B];
-  arguments.lda = problem.lda;
-  arguments.ldb = problem.ldb;
-  arguments.m = static_cast<int32_t>(problem.m);
-  arguments.n = static_cast<int32_t>(problem.n);
-  arguments.k = static_cast<int32_t>(problem.k);
-  arguments.tiles_m = static_cast<int32_t>((problem.m + kernel.tile_m - 1) / kernel.tile_m);
-  arguments.tiles_n = static_cast<int32_t>((problem.n + kernel.tile_n - 1) / kernel.tile_n);
-  arguments.whole_words =
-      RowsAligned(arguments.a, problem.lda, problem.m, problem.input_dtype, 4) &&
-      RowsAligned(arguments.b, problem.ldb, problem.n, problem.input_dtype, 4);
-  TranslateProgram(problem, pointers, &arguments.program);
-  return Launch(call, kernel.name, kernel.function, int64_t{arguments.tiles_m} * arguments.tiles_n,
-                kernel.threads, kernel.shared_bytes, &arguments, stream);
 }
 
 }  // namespace
@@ -169,9 +120,12 @@ fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointe
   if (status != FXFUSE_OK) return status;
   if (problem->m == 0 || problem->n == 0) return FXFUSE_OK;
   if (choice.route == FXFUSE_ROUTE_POINTWISE) {
-    return fxfuse::RunPointwise(kCall, *problem, pointers, *device, *choice.pointwise, stream);
+    return fxfuse::LaunchPointwise(kCall, *problem, pointers, *device, *choice.pointwise, stream);
   }
-  return fxfuse::RunPortable(kCall, *problem, pointers, *choice.portable, stream);
+  if (choice.route == FXFUSE_ROUTE_HOPPER) {
+    return fxfuse::LaunchHopper(kCall, *problem, pointers, device->limits, *choice.hopper, stream);
+  }
+  return fxfuse::LaunchPortable(kCall, *problem, pointers, *choice.portable, stream);
 }
 
 }  // extern "C"

@@ -75,22 +75,4 @@ const PortableKernel* ChoosePortable(const fxfuse_problem& problem, bool aligned
   return best;
 }
 
-PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n) {
-  const int64_t vectors = CeilDivide(n, kernel.width);
-  // As many threads side by side as waste at most an eighth of them at the end of the row, but a
-  // warp's worth where the row has it: short segments would not fill memory transactions.
-  int log2_lanes = 8;
-  static_assert(kPointwiseThreads == 1 << 8, "all of a block's threads in one row");
-  while (log2_lanes > 0) {
-    const int64_t lanes = int64_t{1} << log2_lanes;
-    const int64_t padded = CeilDivide(vectors, lanes) * lanes;
-    if (log2_lanes <= 5 && vectors >= lanes) break;
-    if (vectors >= lanes && (padded - vectors) * 8 <= padded) break;
-    --log2_lanes;
-  }
-  const int64_t lines = (kPointwiseThreads >> log2_lanes) * int64_t{kernel.groups};
-  return {log2_lanes, static_cast<uint32_t>(CeilDivide(vectors, int64_t{1} << log2_lanes)),
-          static_cast<uint32_t>(CeilDivide(m, lines))};
-}
-
 }  // namespace fxfuse

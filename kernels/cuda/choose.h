@@ -3,7 +3,6 @@
 #ifndef FXFUSE_CUDA_CHOOSE_H_
 #define FXFUSE_CUDA_CHOOSE_H_
 
-#include "pointwise_kernel.h"
 #include "portable_kernels.h"
 
 namespace fxfuse {
@@ -11,6 +10,9 @@ namespace fxfuse {
 // What the choice depends on.
 struct DeviceLimits {
   int sm_count;
+  bool hopper;  // sm_90: the kernels built for sm_90a run
+  // Blocks, and pairs of blocks, of the Hopper route that are resident at a time.
+  int hopper_clusters[2];
   int shared_bytes_per_block;
 };
 
@@ -21,14 +23,6 @@ PortableKernels AllPortableKernels();
 // device. `aligned`: rows of A and B start at multiples of 16 bytes.
 const PortableKernel* ChoosePortable(const fxfuse_problem& problem, bool aligned,
                                      const DeviceLimits& device);
-
-// The pointwise kernel's division of an m x n matrix among blocks.
-struct PointwiseGrid {
-  int log2_lanes;
-  uint32_t column_blocks;
-  uint32_t row_blocks;
-};
-PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n);
 
 }  // namespace fxfuse
 

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "common.h"
+#include "hopper_launch.h"
 
 namespace fxfuse {
 namespace {
@@ -37,6 +38,11 @@ fxfuse_status PreparePortable(const char* call, const DeviceLimits& limits) {
     if (error == cudaSuccess && kernel.shared_bytes > kDefaultSharedBytes) {
       error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    kernel.shared_bytes);
+    }
+    // All of the SM's memory as shared memory: tiles that want company get it.
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
     }
     if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
   }
@@ -74,7 +80,9 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
     return Fail(FXFUSE_UNSUPPORTED, "%s: device %d has sm_%d%d, expected sm_80 or newer", call,
                 index, major, minor);
   }
-  const fxfuse_status status = PreparePortable(call, device->limits);
+  device->limits.hopper = major == 9 && minor == 0;
+  fxfuse_status status = PreparePortable(call, device->limits);
+  if (status == FXFUSE_OK && device->limits.hopper) status = PrepareHopper(call, &device->limits);
   return status == FXFUSE_OK ? PreparePointwise(call, device) : status;
 }
 

@@ -4,6 +4,7 @@
 #define FXFUSE_CUDA_DEVICE_H_
 
 #include "choose.h"
+#include "pointwise_kernel.h"
 
 namespace fxfuse {
 

@@ -51,7 +51,8 @@ struct Interpreter {
     }
   }
 
- private:
+  // Shared with the slab interpreter from here on.
+
   // Puts the arguments where Dispatch wants them. Last to first, as `v` is still the previous
   // value while it may be asked for. Not unrolled: one copy of the fetching code serves all three.
   static __device__ __forceinline__ void Gather(const DeviceProgram& program,

@@ -35,6 +35,14 @@ struct PointwiseKernel {
 constexpr int kPointwiseKernels = 3;
 const PointwiseKernel& PointwiseKernelFor(MathLevel math);
 
+// The division of an m x n matrix among blocks.
+struct PointwiseGrid {
+  int log2_lanes;
+  uint32_t column_blocks;
+  uint32_t row_blocks;
+};
+PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n);
+
 }  // namespace fxfuse
 
 #endif  // FXFUSE_CUDA_POINTWISE_KERNEL_H_

@@ -128,7 +128,7 @@ __device__ __forceinline__ void Multiply(Operands<Config>& operands,
 template <class Config>
 __device__ __forceinline__ void Epilogue(
     const DeviceProgram& program, const float (&accumulator)[Config::kMmasM][Config::kMmasN][4],
-    float* staging, int row0, int column0) {
+    float* staging, uint32_t row0, uint32_t column0) {
   using Tile = typename Config::Tile;
   using Fragment = typename Config::Fragment;
   const int lane = threadIdx.x % 32;

@@ -19,7 +19,6 @@ PortableKernel DescribePortable(const char* name, int32_t dtype, TileKind tile, 
           Tile::kM,
           Tile::kN,
           Config::kThreads,
-          Tile::kBlocksPerSm,
           Config::kSharedBytes};
 }
 

@@ -31,7 +31,6 @@ struct PortableKernel {
   MathLevel math;
   int16_t tile_m, tile_n;
   int16_t threads;
-  int16_t blocks_per_sm;
   int32_t shared_bytes;
 };
 

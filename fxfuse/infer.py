@@ -1,0 +1,177 @@
+"""Say what a fused call returns, before it runs: shapes and dtypes, or the error eager would give.
+
+Shapes follow from broadcasting, in plain Python; dtypes from running the reference once on meta
+tensors, which is remembered. (Running it for every shape would cost milliseconds.)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import reference
+from .errors import OperandShapeError
+from .layout import resolve_view
+from .program import Instruction, Operand, Program, Value
+
+Tensors = Sequence[torch.Tensor]
+Described = tuple[Sequence[int], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A fused call as its caller describes it. Without weight, x itself is the accumulator."""
+
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    operands: Tensors
+    program: Program
+    transposed: bool
+    views: tuple[tuple[int, ...], ...]
+    site: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call returns: shape of the accumulator, and shape and dtype of each output."""
+
+    acc_shape: tuple[int, ...]
+    acc_dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def infer(call: Call) -> Result:
+    """Shapes and dtypes of the outputs, as torch's own ops give them.
+
+    Raises OperandShapeError where an operand does not broadcast, or x and weight do not fit.
+    """
+    acc_shape, acc_dtype = tuple(call.x.shape), call.x.dtype
+    if call.weight is not None:
+        x, weight = (call.x.shape, acc_dtype), (call.weight.shape, call.weight.dtype)
+        bias = None if call.bias is None else (call.bias.shape, call.bias.dtype)
+        try:
+            acc_shape, acc_dtype = _product(x, weight, bias, call.transposed)
+        except RuntimeError as error:
+            factors = " and weight ".join(f"{tuple(s)} {d}" for s, d in (x, weight))
+            raise OperandShapeError(
+                f"{call.site or 'fused call'}: x {factors} cannot be multiplied: {error}"
+            ) from None
+    shapes: list[tuple[int, ...]] = [acc_shape]
+    for instruction in call.program.instructions:
+        met = _shapes_of(instruction, shapes, call.operands)
+        try:
+            shapes.append(_result_shape(instruction, met, call.views))
+        except (RuntimeError, IndexError) as error:
+            raise _shape_error(call.program, instruction, met, call.site, error) from None
+    dtypes = _result_dtypes(
+        call.program,
+        (min(len(acc_shape), 2), acc_dtype),
+        tuple((min(o.dim(), 1), o.dtype) for o in call.operands),
+    )
+    outputs = tuple(shapes[v.index] for v in call.program.outputs)
+    return Result(acc_shape, acc_dtype, outputs, dtypes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(
+    x: Described, weight: Described, bias: Described | None, transposed: bool
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of `x @ weight^T + bias`. Raises as torch does."""
+
+    def meta(described: Described) -> torch.Tensor:
+        return torch.empty(described[0], dtype=described[1], device="meta")
+
+    acc = reference.linear(meta(x), meta(weight), None if bias is None else meta(bias), transposed)
+    return tuple(acc.shape), acc.dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def _result_dtypes(
+    program: Program, acc: tuple[int, torch.dtype], operands: tuple[tuple[int, torch.dtype], ...]
+) -> tuple[torch.dtype, ...]:
+    """The dtypes of the outputs; acc, operands: rank (0, 1 or more) and dtype, all that decides."""
+
+    def meta(rank: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((1,) * rank, dtype=dtype, device="meta")
+
+    # Views keep the numbers they had before a program was shortened or split.
+    numbers = [int(i.params[0]) for i in program.instructions if i.op == "view"]
+    views = [(-1, 1)] * (1 + max(numbers, default=-1))
+    outputs = reference.run(program, meta(*acc), [meta(*o) for o in operands], views=views)
+    return tuple(o.dtype for o in outputs)
+
+
+def _shapes_of(
+    instruction: Instruction, shapes: Sequence[tuple[int, ...]], operands: Tensors
+) -> list[tuple[int, ...]]:
+    """Shapes of an instruction's tensor arguments."""
+    met = []
+    for arg in instruction.args:
+        if isinstance(arg, Value):
+            met.append(shapes[arg.index])
+        elif isinstance(arg, Operand):
+            met.append(tuple(operands[arg.index].shape))
+    return met
+
+
+def _result_shape(
+    instruction: Instruction, met: Sequence[tuple[int, ...]], views: Sequence[tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Shape of an instruction's result. Raises RuntimeError where its arguments do not fit."""
+    if instruction.op == "view":
+        shape = views[int(instruction.params[0])]
+        if math.prod(shape) != math.prod(met[0]):
+            raise RuntimeError(f"shape {shape} is invalid for {math.prod(met[0])} elements")
+        return shape
+    if instruction.op == "prelu" and len(met) > 1:
+        weights = math.prod(met[1])
+        if weights != 1 and weights != (met[0][1] if len(met[0]) > 1 else 1):
+            raise RuntimeError(f"{weights} weights do not fit the channels of the input")
+        return met[0]
+    return tuple(torch.broadcast_shapes(*met))
+
+
+def _shape_error(
+    program: Program,
+    instruction: Instruction,
+    met: Sequence[tuple[int, ...]],
+    site: str,
+    error: Exception,
+) -> OperandShapeError:
+    shapes = " and ".join(str(shape) for shape in met)
+    return OperandShapeError(
+        f"{site or 'fused call'}: {instruction.op} of shapes {shapes} in "
+        f"{' -> '.join(program.chain)}: {error}"
+    )
+
+
+def checked_outputs(
+    program: Program,
+    acc: torch.Tensor,
+    operands: Tensors,
+    views: Sequence[Sequence[int]],
+    site: str,
+) -> tuple[torch.Tensor, ...]:
+    """The reference's outputs; OperandShapeError, with all shapes, where it cannot run."""
+    try:
+        return reference.run(program, acc, operands, views=views)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(o.shape)) for o in operands)
+        raise OperandShapeError(
+            f"{site or 'fused call'}: operands of shape {shapes} against a matrix of shape "
+            f"{tuple(acc.shape)} in {' -> '.join(program.chain)}: {error}"
+        ) from None
+
+
+def resolve_views(
+    views: Sequence[Sequence[int]], shape: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """View shapes with every -1 filled in, for an accumulator of `shape`."""
+    elements = math.prod(shape)
+    return tuple(resolve_view(tuple(v), elements) for v in views)

@@ -1,0 +1,245 @@
+// The CUDA kernels, run on the host (see emulation.h) with HostMath for the device's, against plain
+// loops in double: index arithmetic, swizzles, barriers, ragged edges, every kind of operand.
+
+#include "emulation.h"
+//
+#define FXFUSE_ISA emulated
+#include "../math_host.h"
+#define FXFUSE_CUDA_MATH_DEVICE_CUH_  // in place of math_device.cuh:
+namespace fxfuse {
+using emulated::HostMath;
+using DeviceMath = HostMath;
+using DeviceHalfMath = HostMath;
+using DeviceFastMath = HostMath;
+}  // namespace fxfuse
+#include "choose.h"
+#include "pointwise_kernel.cu"
+#include "portable_gemm.cuh"
+
+namespace fxfuse {
+namespace {
+
+constexpr float kUntouched = 77.0f;
+constexpr int64_t kRepeat = 2, kPeriod = 3;  // of the periodic operand
+int failures = 0;
+
+template <class T>
+constexpr int kDtype =
+    sizeof(T) == 4 ? FXFUSE_F32 : (std::is_same_v<T, __half> ? FXFUSE_F16 : FXFUSE_BF16);
+
+template <class T>
+std::vector<T> Random(int64_t count) {
+  static std::mt19937 random(7);
+  std::vector<T> values(count);
+  for (T& value : values) value = T(std::uniform_real_distribution<float>(-1, 1)(random));
+  return values;
+}
+
+fxfuse_instruction Instruction(Opcode opcode, std::vector<std::pair<int, int>> arguments,
+                               int store = -1, int save = -1, float immediate = 0) {
+  fxfuse_instruction instruction = {};
+  instruction.opcode = static_cast<uint16_t>(opcode);
+  instruction.arity = static_cast<uint8_t>(arguments.size());
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    instruction.source[i] = static_cast<uint8_t>(arguments[i].first);
+    instruction.index[i] = static_cast<uint8_t>(arguments[i].second);
+  }
+  instruction.store = static_cast<int8_t>(store);
+  instruction.save = static_cast<int8_t>(save);
+  instruction.immediate[0] = immediate;
+  return instruction;
+}
+
+// A program with every source and every kind of operand, its data, and its meaning in double.
+template <class Out>
+class Case {
+ public:
+  Case(int64_t m, int64_t n, int64_t padding)
+      : m_(m),
+        n_(n),
+        stride_(n + padding),
+        row_(Random<float>(n)),
+        column_(Random<float>(m)),
+        table_(Random<float>(kPeriod * n)),
+        full_(Random<__half>(m * stride_)),
+        mask_(m * n),
+        output_{std::vector<Out>(m * stride_, Out(kUntouched)),
+                std::vector<Out>(m * stride_, Out(kUntouched))} {
+    for (size_t i = 0; i < mask_.size(); ++i) mask_[i] = i * 2654435761u >> 9 & 1;
+    problem.m = m, problem.n = n;
+    fxfuse_program& program = problem.program;
+    program.operand_count = 6, program.output_count = 2, program.slot_count = 2;
+    program.operand[0] = {0, 1, 1, m, FXFUSE_F32, 0};
+    program.operand[1] = {n, 1, 1, m, FXFUSE_BOOL, 0};
+    program.operand[2] = {stride_, 1, 1, m, FXFUSE_F16, 0};
+    program.operand[3] = {n, 1, kRepeat, kPeriod, FXFUSE_F32, 0};
+    program.operand[4] = {1, 0, 1, m, FXFUSE_F32, 0};
+    program.operand[5] = {0, 0, 1, m, FXFUSE_F32, 0};
+    program.output[0] = program.output[1] = {stride_, kDtype<Out>, 0};
+    const void* data[] = {row_.data(),   mask_.data(),   full_.data(),
+                          table_.data(), column_.data(), &condition_};
+    for (int i = 0; i < 6; ++i) pointers[FXFUSE_PTR_OPERAND + i] = const_cast<void*>(data[i]);
+    for (int i = 0; i < 2; ++i) pointers[FXFUSE_PTR_OUTPUT + i] = output_[i].data();
+    const std::pair<int, int> previous{FXFUSE_FROM_PREVIOUS, 0}, slot{FXFUSE_FROM_SLOT, 1},
+        immediate{FXFUSE_FROM_IMMEDIATE, 0};
+    const auto operand = [](int i) { return std::make_pair(int{FXFUSE_FROM_OPERAND}, i); };
+    const fxfuse_instruction instructions[] = {
+        Instruction(Opcode::copy, {previous}, -1, 1),
+        Instruction(Opcode::add, {previous, operand(0)}),
+        Instruction(Opcode::mul, {previous, operand(1)}),
+        Instruction(Opcode::add, {operand(2), previous}),
+        Instruction(Opcode::sub, {operand(3), previous}, 0),
+        Instruction(Opcode::maximum, {previous, slot}),
+        Instruction(Opcode::pow, {previous, immediate}, -1, -1, 1.0f),  // runs in the compact loop
+        Instruction(Opcode::add, {previous, operand(4)}),
+        Instruction(Opcode::where, {operand(5), previous, immediate}, 1, -1, 0.5f)};
+    for (const fxfuse_instruction& i : instructions) {
+      program.instruction[program.instruction_count++] = i;
+    }
+  }
+
+  // Compares both outputs, given the accumulator; nothing may be written beyond column n.
+  template <class Accumulator>
+  void Check(const char* name, Accumulator accumulator) {
+    double worst = 0;
+    for (int64_t i = 0; i < m_; ++i) {
+      for (int64_t j = 0; j < stride_; ++j) {
+        double expected[2] = {kUntouched, kUntouched};
+        if (j < n_) {
+          const double z = accumulator(i, j);
+          double t = z + row_[j];
+          t = static_cast<float>(full_[i * stride_ + j]) + t * mask_[i * n_ + j];
+          expected[0] = table_[i / kRepeat % kPeriod * n_ + j] - t;
+          expected[1] = condition_ != 0 ? std::max(expected[0], z) + column_[i] : 0.5;
+        }
+        for (int o = 0; o < 2; ++o) {
+          const double error =
+              std::abs(static_cast<float>(output_[o][i * stride_ + j]) - expected[o]) /
+              (1 + std::abs(expected[o]));
+          worst = error <= worst ? worst : error;  // NaN is worse than anything
+        }
+      }
+    }
+    const double limit = sizeof(Out) == 4 ? 1e-5 : (kDtype<Out> == FXFUSE_F16 ? 1e-3 : 8e-3);
+    const bool good = worst <= limit && emulation::bank_conflicts == 0;
+    failures += !good;
+    printf("%-6s %-24s %4ld x %-5ld error %.1e, %ld bank conflicts in %ld\n",
+           good ? "ok" : "FAILED", name, static_cast<long>(m_), static_cast<long>(n_), worst,
+           emulation::bank_conflicts, emulation::matrices_read);
+  }
+
+  fxfuse_problem problem = {};
+  void* pointers[FXFUSE_PTR_COUNT] = {};
+
+ private:
+  int64_t m_, n_, stride_;
+  std::vector<float> row_, column_, table_;
+  std::vector<__half> full_;
+  std::vector<uint8_t> mask_;
+  float condition_ = 1;
+  std::vector<Out> output_[2];
+};
+
+// `shift` elements off 16-byte alignment; `k_padding` and `n_padding` between rows.
+template <class Input, class Tile, int kWidth, class Out>
+void TestPortable(const char* name, int64_t m, int64_t n, int64_t k, int64_t k_padding = 0,
+                  int64_t n_padding = 0, int64_t shift = 0) {
+  using Config = PortableConfig<Input, Tile, HostMath, kWidth>;
+  const int64_t ld = k + k_padding;
+  const std::vector<Input> a = Random<Input>(m * ld + shift), b = Random<Input>(n * ld + shift);
+  const std::vector<Input> bias = Random<Input>(n);
+  Case<Out> test(m, n, n_padding);
+  test.problem.k = k, test.problem.lda = test.problem.ldb = ld;
+  test.problem.input_dtype = kDtype<Input>;
+  test.problem.has_gemm = test.problem.has_bias = 1;
+  test.pointers[FXFUSE_PTR_BIAS] = const_cast<Input*>(bias.data());
+
+  PortableArguments arguments = {};
+  arguments.a = a.data() + shift, arguments.b = b.data() + shift;
+  arguments.lda = arguments.ldb = ld;
+  arguments.m = m, arguments.n = n, arguments.k = k;
+  arguments.tiles_m = (m + Tile::kM - 1) / Tile::kM;
+  arguments.tiles_n = (n + Tile::kN - 1) / Tile::kN;
+  arguments.whole_words = RowsAligned(arguments.a, ld, m, kDtype<Input>, 4) &&
+                          RowsAligned(arguments.b, ld, n, kDtype<Input>, 4);
+  TranslateProgram(test.problem, test.pointers, &arguments.program);
+  emulation::matrices_read = emulation::bank_conflicts = 0;
+  emulation::Launch(arguments.tiles_m * arguments.tiles_n, Config::kThreads,
+                    [&] { PortableGemm<Config>(arguments); });
+
+  const auto value = [](Input x) -> double {
+    const float f = static_cast<float>(x);
+    return sizeof(Input) == 4 ? __uint_as_float(round_to_tf32(__float_as_uint(f))) : f;
+  };
+  test.Check(name, [&](int64_t i, int64_t j) {
+    double sum = static_cast<float>(bias[j]);
+    for (int64_t l = 0; l < k; ++l) {
+      sum += value(a[shift + i * ld + l]) * value(b[shift + j * ld + l]);
+    }
+    return sum;
+  });
+}
+
+template <class In, class Out, int kWidth, int kGroups>
+void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
+  using Config = PointwiseConfig<HostMath, kWidth, kGroups>;
+  const int64_t stride = n + padding;
+  const std::vector<In> accumulator = Random<In>(m * stride);
+  Case<Out> test(m, n, padding);
+  const PointwiseGrid grid =
+      DividePointwise({"", nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
+  PointwiseArguments arguments = {};
+  arguments.accumulator = accumulator.data();
+  arguments.row_stride = stride;
+  arguments.dtype = kDtype<In>;
+  arguments.vector = VectorAligned(accumulator.data(), stride, m, kDtype<In>);
+  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
+  arguments.column_blocks = grid.column_blocks;
+  arguments.row_blocks = grid.row_blocks;
+  TranslateProgram(test.problem, test.pointers, &arguments.program);
+  emulation::matrices_read = emulation::bank_conflicts = 0;
+  const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
+  emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
+                    [&] { PointwiseProgram<Config>(arguments); });
+  test.Check("pointwise",
+             [&](int64_t i, int64_t j) { return static_cast<float>(accumulator[i * stride + j]); });
+}
+
+void RunAll() {
+  using Bf16 = __nv_bfloat16;
+  using F16 = __half;
+  TestPortable<Bf16, SkinnyTile, 8, Bf16>("skinny bf16", 7, 72, 200);
+  TestPortable<Bf16, SkinnyTile, 4, float>("skinny bf16 to fp32", 20, 33, 1000, 0, 3);
+  TestPortable<Bf16, SmallTile, 8, Bf16>("small bf16", 70, 130, 328, 0, 8);
+  TestPortable<F16, SmallTile, 4, float>("small fp16 to fp32", 64, 64, 512, 8);
+  TestPortable<float, SmallTile, 4, float>("small tf32", 65, 60, 100, 4);
+  TestPortable<Bf16, SmallTile, 8, Bf16>("small bf16, K = 0", 65, 60, 0);
+  TestPortable<Bf16, SmallTile, 8, Bf16>("small bf16, K odd", 65, 60, 101, 3);
+  TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, odd rows", 65, 71, 201);
+  TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, even rows", 65, 71, 202, 0, 1);
+  TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, K odd", 65, 71, 201, 1, 1);
+  TestPortable<F16, RaggedTile, 4, float>("ragged fp16, shifted", 33, 64, 64, 0, 0, 1);
+  TestPortable<float, RaggedTile, 4, float>("ragged tf32, shifted", 65, 71, 101, 0, 0, 1);
+  TestPortable<Bf16, MediumTile, 8, Bf16>("medium bf16", 200, 150, 456, 0, 2);
+  TestPortable<float, MediumTile, 4, float>("medium tf32", 129, 128, 132);
+  TestPortable<F16, LargeTile, 8, F16>("large fp16", 140, 300, 520);
+  TestPortable<float, LargeTile, 4, F16>("large tf32 to fp16", 128, 256, 64);
+  TestPortable<Bf16, SmallTile, 8, Bf16>("ten tile rows", 600, 70, 8);
+  TestPointwise<Bf16, Bf16, 8, 2>(37, 512, 0, 3);
+  TestPointwise<Bf16, Bf16, 8, 2>(37, 515, 0, 3);
+  TestPointwise<F16, F16, 8, 2>(5, 7, 0, 9);
+  TestPointwise<float, float, 4, 4>(100, 132, 4, 5);
+  TestPointwise<float, float, 4, 4>(65, 4097, 0, 7);
+  TestPointwise<Bf16, float, 4, 4>(1, 3000, 0, 7);
+  TestPointwise<float, Bf16, 8, 2>(300, 1, 0, 7);
+  TestPointwise<Bf16, Bf16, 8, 2>(64, 6144, 0, 11);
+}
+
+}  // namespace
+}  // namespace fxfuse
+
+int main() {
+  fxfuse::RunAll();
+  if (fxfuse::failures > 0) printf("%d cases failed\n", fxfuse::failures);
+  return fxfuse::failures > 0;
+}

@@ -1,0 +1,31 @@
+// Choosing, preparing and launching the kernels of the Hopper route.
+
+#ifndef FXFUSE_CUDA_HOPPER_LAUNCH_H_
+#define FXFUSE_CUDA_HOPPER_LAUNCH_H_
+
+#include "choose.h"
+#include "common.h"
+#include "hopper_kernels.h"
+
+namespace fxfuse {
+
+// All kernels of the route.
+HopperKernels AllHopperKernels();
+
+// The fastest kernel of the route for a problem, or null where none serves it: inputs of 32 bits,
+// rows that do not start at multiples of 16 bytes (`aligned` false), K = 0, a device that is no
+// sm_90.
+const HopperKernel* ChooseHopper(const fxfuse_problem& problem, bool aligned,
+                                 const DeviceLimits& device);
+
+// Loads the kernels, raises their shared-memory limits and counts the clusters that fit the current
+// device.
+fxfuse_status PrepareHopper(const char* call, DeviceLimits* device);
+
+// Enqueues one kernel; as in launch.h.
+fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void* const* pointers,
+                           const DeviceLimits& device, const HopperKernel& kernel, void* stream);
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_HOPPER_LAUNCH_H_

@@ -1,0 +1,73 @@
+#include "launch.h"
+
+#include <cuda_runtime_api.h>
+
+#include "common.h"
+
+namespace fxfuse {
+namespace {
+
+fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
+                     int threads, int shared_bytes, void* arguments, void* stream) {
+  const fxfuse_status status = CheckLimit(call, "blocks", blocks, INT32_MAX);
+  if (status != FXFUSE_OK) return status;
+  void* parameters[] = {arguments};
+  const cudaError_t error =
+      cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), parameters,
+                       shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return FXFUSE_OK;
+  // Taken off the runtime's record: it is told here, and must not surface again in a later call.
+  cudaGetLastError();
+  return Fail(FXFUSE_RUNTIME_ERROR, "%s: launch of %s: %s", call, kernel,
+              cudaGetErrorString(error));
+}
+
+}  // namespace
+
+fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit) {
+  if (value <= limit) return FXFUSE_OK;
+  return Fail(FXFUSE_UNSUPPORTED, "%s: %s=%lld, the kernels take up to %lld", call, field,
+              static_cast<long long>(value), static_cast<long long>(limit));
+}
+
+fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
+                              void* const* pointers, const Device& device,
+                              const PointwiseKernel& kernel, void* stream) {
+  PointwiseArguments arguments;
+  arguments.accumulator = pointers[FXFUSE_PTR_A];
+  arguments.row_stride = problem.lda;
+  arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
+  arguments.vector =
+      VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
+  const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
+  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
+  arguments.column_blocks = grid.column_blocks;
+  arguments.row_blocks = grid.row_blocks;
+  TranslateProgram(problem, pointers, &arguments.program);
+  const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
+  const int64_t resident = device.pointwise_blocks[static_cast<int>(kernel.math)];
+  return Launch(call, kernel.name, kernel.function, all < resident ? all : resident,
+                kPointwiseThreads, 0, &arguments, stream);
+}
+
+fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
+                             const PortableKernel& kernel, void* stream) {
+  PortableArguments arguments;
+  arguments.a = pointers[FXFUSE_PTR_A];
+  arguments.b = pointers[FXFUSE_PTR_B];
+  arguments.lda = problem.lda;
+  arguments.ldb = problem.ldb;
+  arguments.m = static_cast<int32_t>(problem.m);
+  arguments.n = static_cast<int32_t>(problem.n);
+  arguments.k = static_cast<int32_t>(problem.k);
+  arguments.tiles_m = static_cast<int32_t>((problem.m + kernel.tile_m - 1) / kernel.tile_m);
+  arguments.tiles_n = static_cast<int32_t>((problem.n + kernel.tile_n - 1) / kernel.tile_n);
+  arguments.whole_words =
+      RowsAligned(arguments.a, problem.lda, problem.m, problem.input_dtype, 4) &&
+      RowsAligned(arguments.b, problem.ldb, problem.n, problem.input_dtype, 4);
+  TranslateProgram(problem, pointers, &arguments.program);
+  return Launch(call, kernel.name, kernel.function, int64_t{arguments.tiles_m} * arguments.tiles_n,
+                kernel.threads, kernel.shared_bytes, &arguments, stream);
+}
+
+}  // namespace fxfuse

@@ -1,0 +1,23 @@
+// From a problem, its addresses and the chosen kernel to a launch.
+
+#ifndef FXFUSE_CUDA_LAUNCH_H_
+#define FXFUSE_CUDA_LAUNCH_H_
+
+#include "device.h"
+
+namespace fxfuse {
+
+// FXFUSE_UNSUPPORTED where `value` of `field` is above what the kernels count to.
+fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit);
+
+// Each enqueues one kernel on `stream` (a cudaStream_t). The problem has passed CheckProblem, the
+// kernel can serve it, and neither m nor n is 0. `call` is the entry point to name in messages.
+fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
+                              void* const* pointers, const Device& device,
+                              const PointwiseKernel& kernel, void* stream);
+fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
+                             const PortableKernel& kernel, void* stream);
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_LAUNCH_H_

@@ -1,0 +1,234 @@
+// The PTX instructions of sm_90a that the Hopper mainloop is made of, one thin function each:
+// mbarriers, bulk tensor copies, warpgroup multiply-adds, register reallocation, clusters.
+
+#ifndef FXFUSE_CUDA_PTX_HOPPER_CUH_
+#define FXFUSE_CUDA_PTX_HOPPER_CUH_
+
+#include <cuda.h>
+#include <stdint.h>
+
+#include "ptx.cuh"
+
+namespace fxfuse {
+
+// mbarriers. Phases alternate between parity 0 and 1; waiting for parity 1 of a barrier nobody has
+// arrived at returns at once, as if the phase before the first were complete.
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine and to the other blocks of the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives at the barrier of the same shared-memory offset in block `rank` of the cluster. Without
+// .release.cluster, which would be a fence of all memory: what is told is that reads are done.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// Arrives, and announces `bytes` that bulk copies will yet bring in this phase.
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Makes ordinary accesses to shared memory come before bulk copies that are asked for later.
+__device__ __forceinline__ void order_before_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Waits for all of `threads` threads of the block that name barrier `id` (1 to 15).
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Bulk tensor copies: a box of a 2-D tensor to shared memory, its inner coordinate x first. What
+// lies outside the tensor arrives as zeros and counts as bytes brought.
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                         int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same box to the same offsets, data and barrier, of every block in `blocks` of the cluster.
+__device__ __forceinline__ void copy_box_multicast(uint32_t to, const CUtensorMap* map,
+                                                   uint32_t barrier, int x, int y,
+                                                   uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
+
+// Clusters.
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// Registers: the producer gives up what the consumers take.
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Warpgroup multiply-adds.
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Describes K-major rows of 128 bytes with 128-byte swizzle at shared address `address` (a multiple
+// of 1024 plus a multiple of 32 below 128): eight rows every 1024 bytes.
+__device__ __forceinline__ uint64_t describe_rows(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;  // the leading offset, fixed by the swizzle
+  return kSwizzle128 | kEightRows | kUnused | ((address & 0x3ffff) >> 4);
+}
+
+// What 32 bytes further along K add to a descriptor.
+constexpr uint64_t kDescriptorStep = 32 >> 4;
+
+#define FXFUSE_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define FXFUSE_D16(i) FXFUSE_D4(i), FXFUSE_D4((i) + 4), FXFUSE_D4((i) + 8), FXFUSE_D4((i) + 12)
+#define FXFUSE_D64(i) \
+  FXFUSE_D16(i), FXFUSE_D16((i) + 16), FXFUSE_D16((i) + 32), FXFUSE_D16((i) + 48)
+
+// d = a * b (+ d where `accumulate`): 64 rows of A and 256, 128 or 64 rows of B over 32 bytes of K.
+// d is the accumulator of one warpgroup.
+template <class Input>
+struct Wgmma;
+
+#define FXFUSE_WGMMA(type, ptx)                                                              \
+  template <>                                                                                \
+  struct Wgmma<type> {                                                                       \
+    static __device__ __forceinline__ void Multiply(float (&d)[128], uint64_t a, uint64_t b, \
+                                                    int accumulate) {                        \
+      asm volatile(                                                                          \
+          "{\n"                                                                              \
+          ".reg .pred add;\n"                                                                \
+          "setp.ne.b32 add, %130, 0;\n"                                                      \
+          "wgmma.mma_async.sync.aligned.m64n256k16.f32." ptx                                 \
+          " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"                              \
+          " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"                     \
+          " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"                     \
+          " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"                     \
+          " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"                     \
+          " %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71,"                     \
+          " %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83,"                     \
+          " %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,"                     \
+          " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107,"             \
+          " %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119,"         \
+          " %120, %121, %122, %123, %124, %125, %126, %127},"                                \
+          " %128, %129, add, 1, 1, 0, 0;\n"                                                  \
+          "}"                                                                                \
+          : FXFUSE_D64(0), FXFUSE_D64(64)                                                    \
+          : "l"(a), "l"(b), "r"(accumulate));                                                \
+    }                                                                                        \
+    static __device__ __forceinline__ void Multiply(float (&d)[64], uint64_t a, uint64_t b,  \
+                                                    int accumulate) {                        \
+      asm volatile(                                                                          \
+          "{\n"                                                                              \
+          ".reg .pred add;\n"                                                                \
+          "setp.ne.b32 add, %66, 0;\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." ptx                                 \
+          " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"                              \
+          " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"                     \
+          " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"                     \
+          " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"                     \
+          " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"                     \
+          " %60, %61, %62, %63},"                                                            \
+          " %64, %65, add, 1, 1, 0, 0;\n"                                                    \
+          "}"                                                                                \
+          : FXFUSE_D64(0)                                                                    \
+          : "l"(a), "l"(b), "r"(accumulate));                                                \
+    }                                                                                        \
+    static __device__ __forceinline__ void Multiply(float (&d)[32], uint64_t a, uint64_t b,  \
+                                                    int accumulate) {                        \
+      asm volatile(                                                                          \
+          "{\n"                                                                              \
+          ".reg .pred add;\n"                                                                \
+          "setp.ne.b32 add, %34, 0;\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." ptx                                  \
+          " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"                              \
+          " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"                     \
+          " %24, %25, %26, %27, %28, %29, %30, %31},"                                        \
+          " %32, %33, add, 1, 1, 0, 0;\n"                                                    \
+          "}"                                                                                \
+          : FXFUSE_D16(0), FXFUSE_D16(16)                                                    \
+          : "l"(a), "l"(b), "r"(accumulate));                                                \
+    }                                                                                        \
+  }
+
+FXFUSE_WGMMA(__nv_bfloat16, "bf16.bf16");
+FXFUSE_WGMMA(__half, "f16.f16");
+#undef FXFUSE_WGMMA
+#undef FXFUSE_D64
+#undef FXFUSE_D16
+#undef FXFUSE_D4
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_PTX_HOPPER_CUH_

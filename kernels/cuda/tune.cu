@@ -1,0 +1,211 @@
+// A developer's program, not part of the library: times every kernel of the tables, whichever the
+// library would choose, and checks it against a plain one. The numbers are what choose.cc's cost
+// table is made from.
+//
+//   fxfuse_tune [m n k]...      defaults to a few shapes that matter
+
+#include <cuda_runtime.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "choose.h"
+#include "launch.h"
+#include "memory.cuh"
+#include "pointwise.h"
+
+namespace fxfuse {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  exit(1);
+}
+
+// Deterministic values in [-0.5, 0.5).
+__global__ void Fill(void* data, int dtype, int64_t count, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u + seed;
+    x ^= x >> 15, x *= 2246822519u, x ^= x >> 13;
+    StoreElement(data, dtype, i, (x >> 8) * (1.0f / (1 << 24)) - 0.5f);
+  }
+}
+
+// relu(A @ B^T + bias), one thread to an element.
+__global__ void Reference(const void* a, const void* b, const void* bias, int dtype, float* out,
+                          int64_t m, int64_t n, int64_t k) {
+  const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  const int64_t row = blockIdx.y;
+  if (column >= n) return;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < k; ++i) {
+    sum += LoadElement(a, dtype, row * k + i) * LoadElement(b, dtype, column * k + i);
+  }
+  out[row * n + column] = fmaxf(sum + LoadElement(bias, dtype, column), 0.0f);
+}
+
+fxfuse_instruction Instruction(Opcode opcode, int store = -1) {
+  fxfuse_instruction instruction = {};
+  instruction.opcode = static_cast<uint16_t>(opcode);
+  instruction.arity = kArity[instruction.opcode];
+  instruction.save = -1;
+  instruction.store = static_cast<int8_t>(store);
+  return instruction;
+}
+
+struct Buffer {
+  explicit Buffer(int64_t bytes) { Check(cudaMalloc(&data, bytes), "cudaMalloc"); }
+  ~Buffer() { cudaFree(data); }
+  Buffer(const Buffer&) = delete;
+  void* data;
+};
+
+// Milliseconds of one call, the median of several after a warm-up.
+template <class Call>
+float Time(Call call) {
+  constexpr int kRepeats = 11;
+  cudaEvent_t start, stop;
+  Check(cudaEventCreate(&start), "event");
+  Check(cudaEventCreate(&stop), "event");
+  std::vector<float> times(kRepeats);
+  for (int i = 0; i < 3; ++i) call();
+  for (float& ms : times) {
+    Check(cudaEventRecord(start), "record");
+    call();
+    Check(cudaEventRecord(stop), "record");
+    Check(cudaEventSynchronize(stop), "kernel");
+    Check(cudaEventElapsedTime(&ms, start, stop), "elapsed");
+  }
+  std::sort(times.begin(), times.end());
+  return times[kRepeats / 2];
+}
+
+void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
+  const int size = DtypeSize(dtype);
+  Buffer a(m * k * size), b(n * k * size), bias(n * size), out(m * n * 4), reference(m * n * 4);
+  Fill<<<1024, 256>>>(a.data, dtype, m * k, 1);
+  Fill<<<1024, 256>>>(b.data, dtype, n * k, 2);
+  Fill<<<1024, 256>>>(bias.data, dtype, n, 3);
+  const dim3 grid(static_cast<unsigned>((n + 127) / 128), static_cast<unsigned>(m));
+  Reference<<<grid, 128>>>(a.data, b.data, bias.data, dtype, static_cast<float*>(reference.data), m,
+                           n, k);
+  std::vector<float> expected(m * n);
+  Check(cudaMemcpy(expected.data(), reference.data, m * n * 4, cudaMemcpyDefault), "reference");
+
+  fxfuse_problem problem = {};
+  problem.m = m, problem.n = n, problem.k = k, problem.lda = k, problem.ldb = k;
+  problem.input_dtype = dtype;
+  problem.has_gemm = 1, problem.has_bias = 1;
+  problem.program.instruction_count = problem.program.output_count = 1;
+  problem.program.instruction[0] = Instruction(Opcode::relu, 0);
+  void* pointers[FXFUSE_PTR_COUNT] = {a.data, b.data, bias.data};
+  pointers[FXFUSE_PTR_OUTPUT] = out.data;
+
+  for (int i = 0; i < AllPortableKernels().count; ++i) {
+    const PortableKernel& kernel = AllPortableKernels().kernel[i];
+    if (kernel.input_dtype != dtype) continue;
+    const bool aligned = VectorAligned(nullptr, k, 2, dtype);
+    if (!aligned && kernel.tile != TileKind::kRagged) continue;
+    const int out_dtype = kernel.math == MathLevel::kExact ? int{FXFUSE_F32} : dtype;
+    problem.program.output[0] = {n, out_dtype, 0};
+    const auto call = [&] {
+      if (LaunchPortable("tune", problem, pointers, kernel, nullptr) == FXFUSE_OK) return;
+      fprintf(stderr, "%s\n", fxfuse_last_error());
+      exit(1);
+    };
+    Check(cudaMemset(out.data, 0xff, m * n * 4), "memset");
+    const float ms = Time(call);
+
+    std::vector<uint8_t> raw(m * n * DtypeSize(out_dtype));
+    Check(cudaMemcpy(raw.data(), out.data, raw.size(), cudaMemcpyDefault), "result");
+    double error = 0.0, norm = 0.0;
+    for (int64_t j = 0; j < m * n; ++j) {
+      const float value =
+          out_dtype == FXFUSE_F32
+              ? reinterpret_cast<const float*>(raw.data())[j]
+              : (out_dtype == FXFUSE_F16
+                     ? __half2float(reinterpret_cast<const __half*>(raw.data())[j])
+                     : __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(raw.data())[j]));
+      error += std::pow(value - double{expected[j]}, 2);
+      norm += std::pow(double{expected[j]}, 2);
+    }
+    printf("%6lld %6lld %6lld  %-36s %9.1f us %7.1f TFLOP/s  relative error %.2e\n",
+           static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
+           kernel.name, ms * 1e3, 2e-9 * m * n * k / ms, std::sqrt(error / norm));
+  }
+}
+
+void TunePointwise(int dtype, int64_t m, int64_t n) {
+  const int size = DtypeSize(dtype);
+  // Several matrices in turn, so that none is still in L2 when its turn comes again.
+  constexpr int kMatrices = 8;
+  Buffer in(kMatrices * m * n * size), out(kMatrices * m * n * size), row(n * size);
+  Fill<<<1024, 256>>>(in.data, dtype, kMatrices * m * n, 1);
+  Fill<<<1024, 256>>>(row.data, dtype, n, 2);
+  fxfuse_problem problem = {};
+  problem.m = m, problem.n = n, problem.lda = n;
+  problem.input_dtype = dtype;
+  fxfuse_program& program = problem.program;
+  program.operand_count = program.output_count = 1;
+  program.operand[0] = {0, 1, 1, m, dtype, 0};
+  program.output[0] = {n, dtype, 0};
+
+  const std::vector<std::vector<Opcode>> chains = {
+      {Opcode::copy},
+      {Opcode::add, Opcode::relu},
+      {Opcode::add, Opcode::silu, Opcode::tanh, Opcode::gelu, Opcode::clamp}};
+  for (const std::vector<Opcode>& chain : chains) {
+    program.instruction_count = static_cast<int32_t>(chain.size());
+    for (size_t i = 0; i < chain.size(); ++i) {
+      program.instruction[i] = Instruction(chain[i], i + 1 == chain.size() ? 0 : -1);
+      program.instruction[i].source[1] = FXFUSE_FROM_OPERAND;
+      program.instruction[i].immediate[0] = -1.0f, program.instruction[i].immediate[1] = 1.0f;
+    }
+    int turn = 0;
+    const float ms = Time([&] {
+      void* pointers[FXFUSE_PTR_COUNT] = {};
+      const int64_t offset = (turn++ % kMatrices) * m * n * size;
+      pointers[FXFUSE_PTR_A] = static_cast<char*>(in.data) + offset;
+      pointers[FXFUSE_PTR_OPERAND] = row.data;
+      pointers[FXFUSE_PTR_OUTPUT] = static_cast<char*>(out.data) + offset;
+      if (fxfuse_cuda_run(&problem, pointers, nullptr) == FXFUSE_OK) return;
+      fprintf(stderr, "%s\n", fxfuse_last_error());
+      exit(1);
+    });
+    printf("%6lld %6lld  pointwise, dtype %d, %zu ops %9.1f us %7.2f TB/s\n",
+           static_cast<long long>(m), static_cast<long long>(n), dtype, chain.size(), ms * 1e3,
+           2e-9 * m * n * size / ms);
+  }
+}
+
+}  // namespace
+}  // namespace fxfuse
+
+int main(int argc, char** argv) {
+  if (fxfuse_cuda_init() != FXFUSE_OK) {
+    fprintf(stderr, "%s\n", fxfuse_last_error());
+    return 1;
+  }
+  std::vector<std::vector<int64_t>> shapes;
+  for (int i = 1; i + 2 < argc; i += 3) {
+    shapes.push_back({atoll(argv[i]), atoll(argv[i + 1]), atoll(argv[i + 2])});
+  }
+  if (shapes.empty()) {
+    shapes = {{1024, 8192, 8192}, {128, 8192, 8192},  {16, 8192, 8192},   {1, 4096, 4096},
+              {512, 1024, 1024},  {4096, 4096, 1024}, {1001, 1001, 1001}, {7, 33, 5}};
+  }
+  for (const int dtype : {FXFUSE_BF16, FXFUSE_F16, FXFUSE_F32}) {
+    for (const auto& s : shapes) fxfuse::TunePortable(dtype, s[0], s[1], s[2]);
+  }
+  for (const int dtype : {FXFUSE_BF16, FXFUSE_F16, FXFUSE_F32}) {
+    fxfuse::TunePointwise(dtype, 1024, 8192);
+    fxfuse::TunePointwise(dtype, 8192, 1000);
+  }
+  return 0;
+}

@@ -1,0 +1,61 @@
+"""Random programs, and values to run them on."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+
+from fxfuse.ops import COMPARISONS, OPS
+from fxfuse.program import ACC, Arg, Builder, Kind, Program, Value, adds_truth_values, kinds_of
+
+SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.25, 2.5, -3.5, 30.0, -30.0)
+OPERANDS = [
+    torch.tensor(0.75),
+    torch.linspace(-1, 1, len(SPECIALS) + 8),
+    torch.linspace(-2, 2, 3)[:, None],
+]
+_SKIPPED = frozenset({"view", "dropout", "like", "prelu", "cast_f16", "cast_bf16"})
+# Of 0.0 and -0.0 these make quite different numbers, and relu may return either.
+_SKIPPED_POLES = frozenset({"reciprocal", "rsqrt", "div", "pow"})
+_NAMES = sorted(set(OPS) - _SKIPPED - _SKIPPED_POLES)
+_NUMBERS = (0.0, -0.0, 1.0, 2.0, 0.5, -1.5)
+
+
+def accumulator() -> torch.Tensor:
+    """A [3, N] matrix of special and ordinary values."""
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.tensor([*SPECIALS, *torch.randn(8, generator=generator)]) for _ in range(3)]
+    return torch.stack(rows)
+
+
+def random_program(draw: random.Random) -> Program:
+    """A program torch can run, of up to twelve instructions with a few outputs."""
+    builder = Builder()
+    for index in range(len(OPERANDS)):
+        builder.operand(index)
+    values: list[Value] = [ACC]
+    for _ in range(draw.randint(1, 12)):
+        kinds = kinds_of(builder.instructions)
+        name = draw.choice([*_NAMES, *["mul", "add", "sigmoid", "clamp", "copy"] * 4])
+        op = OPS[name]
+        floating = [v for v in values if kinds[v.index] in (Kind.ACCUMULATOR, Kind.FLOATING)]
+        args: list[Arg] = [draw.choice(floating) for _ in range(op.arity)]
+        if name == "where":
+            truths = [v for v in values if kinds[v.index] is Kind.BOOL]
+            if not truths:
+                continue
+            args[0] = draw.choice(truths)
+        if name in ("add", "sub", "mul", *COMPARISONS) and draw.random() < 0.6:
+            other = draw.choice([*_NUMBERS, *builder.operands.values()])
+            args[draw.randrange(2)] = other
+        if name == "mul" and draw.random() < 0.3:
+            args[1] = draw.choice(values)
+        params = (draw.choice([-1.0, 0.0, -math.inf]), draw.choice([1.0, 6.0, math.inf]))
+        if name != "clamp":
+            params = tuple(draw.choice([0.5, 1.0, 2.0]) for _ in op.params)
+        values.append(builder.emit(name, *args, params=params))
+    assert not adds_truth_values(builder.instructions, 0)
+    outputs = [values[-1], *draw.sample(values, min(len(values), draw.randint(0, 2)))]
+    return builder.build(list(dict.fromkeys(outputs)))

@@ -1,0 +1,108 @@
+"""Small runs of every CUDA kernel, tile and route, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/sanitize_cases.py
+
+Prints "N passed"; exits with 1 where a number is wrong, with 0 and a message without CUDA.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from fxfuse import library
+from fxfuse.errors import LibraryError
+from fxfuse.fused import forced_route, fused_linear, fused_pointwise
+
+# The second chain keeps a slot, reads every operand kind and stores twice.
+CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
+WIDE = "t1 = gelu acc; t2 = mul t1, $0; t3 = add t2, $1; t4 = mul t3, acc; store t4, t1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# By tile: skinny, small, medium and large (many rows), and ragged where K is odd.
+SIZES = ((1, 40, 64), (17, 72, 96), (65, 64, 40), (130, 264, 72), (300, 520, 64))
+RAGGED = ((1, 1, 1), (7, 9, 5), (65, 67, 33), (130, 129, 7))
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1.6e-2, torch.float16: 4e-3}
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def close(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> bool:
+    norm = truth.norm().clamp_min(1e-3)
+    return bool((found.double() - truth).norm() <= TOLERANCE[dtype] * norm)
+
+
+def chain(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.silu(acc + a) * b
+
+
+def operands(m: int, n: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+    yield randn(m, 1, dtype=dtype), torch.randn((), device="cuda").to(dtype)
+    yield randn(m, n + 3, dtype=dtype)[:, 1 : n + 1], randn(1, dtype=dtype)
+
+
+def gemm_cases() -> Iterator[tuple[str, bool]]:
+    """Every product, by both routes; aligned, ragged and with strided inputs."""
+    for dtype, (m, n, k) in itertools.product(DTYPES, (*SIZES, *RAGGED)):
+        for route in ("portable", "cublas"):
+            torch.set_float32_matmul_precision("high" if route == "portable" else "highest")
+            x, weight = randn(m, k + 1, dtype=dtype)[:, 1:], randn(n, k, dtype=dtype)
+            if k % 8 == 0:
+                x = x.contiguous()
+            bias = randn(n, dtype=dtype)
+            truth = F.linear(x.double(), weight.double(), bias.double())
+            for number, (a, b) in enumerate(operands(m, n, dtype)):
+                with forced_route(route):
+                    found = fused_linear(x, weight, bias, [a, b], CHAIN)
+                right = close(found, chain(truth, a.double(), b.double()), dtype)
+                yield f"{route} {dtype} {m}x{n}x{k} operands {number}", right
+            with forced_route(route):
+                outputs = fused_linear(x, weight, bias, [a, b], WIDE)
+            gelu = F.gelu(truth)
+            wide = (gelu * a.double() + b.double()) * truth
+            right = close(outputs[0], wide, dtype) and close(outputs[1], gelu, dtype)
+            yield f"{route} {dtype} {m}x{n}x{k} two outputs", right
+
+
+def pointwise_cases() -> Iterator[tuple[str, bool]]:
+    """The pointwise kernel alone, in each arithmetic; outputs of another dtype, too."""
+    for dtype, (m, n, _) in itertools.product(DTYPES, (*SIZES, *RAGGED)):
+        for source in (randn(m, n, dtype=dtype), randn(m, n + 1, dtype=dtype)[:, 1:]):
+            for number, (a, b) in enumerate(operands(m, n, dtype)):
+                truth = chain(source.double(), a.double(), b.double())
+                found = fused_pointwise(source, [a, b], CHAIN)
+                yield f"pointwise {dtype} {m}x{n} operands {number}", close(found, truth, dtype)
+            cast = fused_pointwise(source, [], "t1 = tanh acc; t2 = cast_f32 t1; store t2, t1")
+            right = close(cast[0], torch.tanh(source.double()), dtype)
+            yield f"pointwise {dtype} {m}x{n} cast", right
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("skipped: torch sees no CUDA device")
+        return 0
+    lib = library.find("fxfuse_cuda")
+    if isinstance(lib, LibraryError):
+        print(f"failed: {lib}")
+        return 1
+    torch.manual_seed(0)
+    passed, wrong = 0, []
+    for name, right in itertools.chain(gemm_cases(), pointwise_cases()):
+        passed += right
+        if not right:
+            wrong.append(name)
+    torch.cuda.synchronize()
+    for name in wrong:
+        print(f"wrong: {name}")
+    print(f"{passed} passed" + (f", {len(wrong)} wrong" if wrong else ""))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Lowering: the steps a kernel interprets compute what the program says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers_programs import OPERANDS, accumulator, random_program
+
+from fxfuse import reference
+from fxfuse.errors import ProgramError
+from fxfuse.lower import MAX_INSTRUCTIONS, MAX_SLOTS, Source, Step, lower
+from fxfuse.ops import KERNEL_OPS, OPS
+from fxfuse.program import parse
+from fxfuse.simplify import simplify
+
+
+def interpret(steps: tuple[Step, ...], acc: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The steps as a kernel runs them: one register, a few slots, truth values as 1.0 and 0.0."""
+    previous, slots = acc, [None] * MAX_SLOTS
+    outputs: list[torch.Tensor | None] = [None] * count
+    for step in steps:
+        op = OPS[step.op]
+        args = []
+        for source, index in step.sources:
+            if source is Source.PREVIOUS:
+                args.append(previous)
+            elif source is Source.SLOT:
+                assert slots[index] is not None
+                args.append(slots[index])
+            elif source is Source.OPERAND:
+                args.append(OPERANDS[index].expand(acc.shape))
+            else:
+                args.append(torch.full_like(acc, step.immediates[index]))
+        if step.op == "where":
+            args[0] = args[0] != 0
+        previous = op.reference(*args, *step.immediates[: len(op.params)]).float()
+        if step.save >= 0:
+            slots[step.save] = previous
+        if step.store >= 0:
+            assert outputs[step.store] is None
+            outputs[step.store] = previous
+    assert all(o is not None for o in outputs)
+    return outputs  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_random_programs_compute_the_same(first: int) -> None:
+    lowered = 0
+    for seed in range(first, first + 50):
+        program = random_program(random.Random(seed))
+        for version in (program, simplify(program).program):
+            if version.operand_count < len(OPERANDS) and version is not program:
+                continue  # its operands are numbered anew
+            try:
+                steps = lower(version)
+            except ProgramError as error:
+                assert "alive at once" in str(error)  # noqa: PT017
+                continue
+            lowered += 1
+            assert all(step.op in KERNEL_OPS for step in steps)
+            expected = reference.run(version, accumulator(), OPERANDS)
+            found = interpret(steps, accumulator(), len(version.outputs))
+            for e, f in zip(expected, found, strict=True):
+                torch.testing.assert_close(f, e.float().expand(f.shape), equal_nan=True)
+    assert lowered > 40
+
+
+def steps_of(text: str) -> tuple[Step, ...]:
+    return lower(parse(text))
+
+
+def test_chain_needs_no_slot() -> None:
+    steps = steps_of("t1 = add acc, $0; t2 = silu t1; t3 = clamp t2, -1.0, 1.0; store t3")
+    assert [(s.op, s.sources, s.save, s.store) for s in steps] == [
+        ("add", ((Source.PREVIOUS, 0), (Source.OPERAND, 0)), -1, -1),
+        ("silu", ((Source.PREVIOUS, 0),), -1, -1),
+        ("clamp", ((Source.PREVIOUS, 0),), -1, 0),
+    ]
+    assert steps[2].immediates == (-1.0, 1.0)
+
+
+def test_value_read_later_is_saved_and_its_slot_reused() -> None:
+    steps = steps_of(
+        "t1 = tanh acc; t2 = exp t1; t3 = mul t2, t1; t4 = sin t3; t5 = mul t4, t3; store t5"
+    )
+    assert [s.save for s in steps] == [0, -1, 0, -1, -1]
+
+
+def test_accumulator_read_late_is_copied_first() -> None:
+    steps = steps_of("t1 = sigmoid acc; t2 = exp t1; t3 = mul acc, t2; store t3")
+    assert [s.op for s in steps] == ["copy", "sigmoid", "exp", "mul"]
+    assert steps[0].save == 0
+
+
+def test_value_stored_twice_is_copied() -> None:
+    steps = steps_of("t1 = tanh acc; store t1, t1, acc, acc")
+    assert sorted(s.store for s in steps) == [0, 1, 2, 3]
+
+
+def test_program_that_only_stores_the_accumulator() -> None:
+    assert steps_of("store acc") == (Step("copy", ((Source.PREVIOUS, 0),), (), -1, 0),)
+
+
+def test_identities_are_no_instructions() -> None:
+    steps = steps_of(
+        "t1 = view acc, 0.0; t2 = dropout t1, 0.5, 0.0; t3 = cast_f32 t2; t4 = exp t3; "
+        "t5 = like t4, t1; store t5"
+    )
+    assert [s.op for s in steps] == ["exp"]
+
+
+LIMITS = {
+    "33 instructions, a kernel holds at most 32": "; ".join(
+        f"t{i} = sin {'acc' if i == 1 else f't{i - 1}'}" for i in range(1, MAX_INSTRUCTIONS + 2)
+    )
+    + f"; store t{MAX_INSTRUCTIONS + 1}",
+    "9 operands, a kernel holds at most 8": "; ".join(
+        f"t{i + 1} = add {f't{i}' if i else 'acc'}, ${i}" for i in range(9)
+    )
+    + "; store t9",
+    "5 outputs, a kernel holds at most 4": (
+        "t1 = sin acc; t2 = cos acc; t3 = exp acc; t4 = tanh acc; store acc, t1, t2, t3, t4"
+    ),
+    "more than 4 intermediate values are alive at once": (
+        "t1 = sin acc; t2 = cos acc; t3 = exp acc; t4 = tanh acc; t5 = abs acc; t6 = neg acc; "
+        "t7 = add t1, t2; t8 = add t3, t4; t9 = add t5, t6; t10 = add t7, t8; t11 = add t10, t9; "
+        "store t11"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", LIMITS)
+def test_limit_is_named(message: str) -> None:
+    with pytest.raises(ProgramError, match=message):
+        steps_of(LIMITS[message])
