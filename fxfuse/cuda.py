@@ -11,7 +11,15 @@ import torch
 
 from . import library
 from .infer import Call, Result, Tensors
-from .library import POINTER_OPERAND, POINTER_OUTPUT, Library, OperandLayout, Pointers
+from .library import (
+    POINTER_OPERAND,
+    POINTER_OUTPUT,
+    ROUTES,
+    Gemm,
+    Library,
+    OperandLayout,
+    Pointers,
+)
 from .program import Program
 from .routes import (
     FORCED,
@@ -26,6 +34,8 @@ from .routes import (
     rows_and_columns,
     tf32_allowed,
 )
+
+_ROUTE_NAMES = {number: name for name, number in ROUTES.items()}
 
 
 @functools.lru_cache(maxsize=64)
@@ -45,8 +55,9 @@ def cuda_recipe(
     refusal = _initialised(lib, device)
     if refusal is not None:
         raise NoKernel(refusal)
-    if call.weight is not None and _choose(call, result, device) == "portable":
-        return _gemm_recipe(call, result, lib, layouts, fixes)
+    route = "cublas" if call.weight is None else _choose(call, result, device)
+    if route != "cublas":
+        return _gemm_recipe(call, result, lib, layouts, fixes, route)
     rows, columns = rows_and_columns(result.acc_shape)
     stride = columns if call.weight is not None else flatten_rows(call.x)[1]
     problem = lib.problem(
@@ -65,7 +76,8 @@ def cuda_recipe(
 
 
 def _choose(call: Call, result: Result, device: int) -> str:
-    """ "portable" or "cublas" for the product of a call."""
+    """Who computes the product of a call: "cublas", or our kernels: "auto" leaves it to the library
+    which, "hopper" and "portable" (only where a measurement forces them) do not."""
     weight, x = call.weight, call.x
     assert weight is not None
     plain = (
@@ -92,8 +104,8 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int) -> str:
     the second launch costs once the product is large; see benchmarks/.
     """
     if capability < (9, 0):
-        return "portable"
-    return "portable" if m * n * k <= 2**27 else "cublas"
+        return "auto"
+    return "auto" if m * n * k <= 2**27 else "cublas"
 
 
 def _launcher(
@@ -116,7 +128,12 @@ def _launch(lib, entry, described, device, chain, pointers):  # type: ignore[no-
 
 
 def _gemm_recipe(
-    call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
+    call: Call,
+    result: Result,
+    lib: Library,
+    layouts: Sequence[OperandLayout],
+    fixes: Fixes,
+    route: str,
 ) -> Recipe:
     rows, columns = rows_and_columns(result.acc_shape)
     copies, lda = flatten_rows(call.x)
@@ -129,8 +146,9 @@ def _gemm_recipe(
         layouts,
         result.dtypes,
         gemm_of(call, lda),
-        route="portable",
+        route=route,
     )
+    chosen = _chosen(lib, problem)[0]
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
 
@@ -154,20 +172,26 @@ def _gemm_recipe(
         launch(pointers)
         return outputs
 
-    return Recipe("portable", None, run)
+    return Recipe(chosen, None, run)
 
 
-def kernel_name(lib: Library, program: Program, m: int, n: int, k: int, dtype: torch.dtype) -> str:
-    """The portable kernel a product [m, k] x [n, k] takes on the current device."""
-    from .library import Gemm
-
-    problem = lib.problem(program, m, n, dtype, 0, [], [dtype], Gemm(k, k, k, False), "portable")
+def _chosen(lib: Library, problem: library.ProblemStruct) -> tuple[str, str]:
+    """Route and kernel the library takes for a problem whose tensors start at multiples of 16
+    bytes, on the current device. Raises KernelError where it has none."""
     route, name = ctypes.c_int32(), ctypes.c_char_p()
     status = lib.handle.fxfuse_cuda_choose(
         ctypes.byref(problem), ctypes.byref(route), ctypes.byref(name)
     )
     lib.check(status, "fxfuse_cuda_choose")
-    return (name.value or b"").decode()
+    return _ROUTE_NAMES[route.value], (name.value or b"").decode()
+
+
+def kernel_name(
+    lib: Library, program: Program, m: int, n: int, k: int, dtype: torch.dtype, route: str = "auto"
+) -> str:
+    """The kernel a product [m, k] x [n, k] takes on the current device."""
+    gemm = Gemm(k, k, k, False)
+    return _chosen(lib, lib.problem(program, m, n, dtype, 0, [], [dtype], gemm, route))[1]
 
 
 __all__ = ["Run", "cuda_recipe", "kernel_name", "preferred_route"]

@@ -167,7 +167,7 @@ def test_portable_names_its_route_and_kernel():
         fused_linear(x, weight, None, [], RELU, site="named")
     assert fused.routes_taken("named", RELU) == [("portable", None)]
     lib = library.find("fxfuse_cuda")
-    assert kernel_name(lib, parse(RELU), 64, 64, 64, torch.bfloat16).startswith("portable_bf16")
+    assert kernel_name(lib, parse(RELU), 64, 64, 64, torch.bfloat16, "portable").startswith("portable_bf16")
 
 
 UNALIGNED = {
@@ -392,7 +392,7 @@ def test_optimised_on_the_cpu_and_moved(dtype):
         assert fxfuse.verify(result, model, x).ok
         result(x)
     for group in fxfuse.report(result).groups:
-        assert set(group.routes) <= {"portable", "cublas"}, group
+        assert set(group.routes) <= {"portable", "cublas", "hopper"}, group
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

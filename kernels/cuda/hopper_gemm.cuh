@@ -17,8 +17,9 @@
 #define FXFUSE_CUDA_HOPPER_GEMM_CUH_
 
 #include "hopper_kernels.h"
+#include "interpreter.cuh"
 #include "ptx_hopper.cuh"
-#include "slab_interpreter.cuh"
+#include "slab.cuh"
 
 namespace fxfuse {
 
@@ -35,17 +36,14 @@ struct HopperConfig {
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSteps = kStageK / 16;
 
-  // The accumulator passes through shared memory, 16 rows by up to 128 columns for each warp at a
-  // time. Slabs lie in the last stage of the tile, which is given back after the epilogue; those
-  // that do not fit have memory of their own behind the ring.
-  using Slab = SlabShape<(kN < 128 ? kN : 128)>;
+  // The accumulator passes through shared memory, 16 rows by 64 columns for each warp at a time, so
+  // that the program sees adjacent columns.
+  using Slab = SlabShape<64>;
   static constexpr int kSlabs = kN / Slab::kColumns;  // of a warp, one after the other
   static constexpr int kSlabBytes = Slab::kFloats * static_cast<int>(sizeof(float));
   static constexpr int kWarps = 8;
-  static constexpr int kSlabsInStage =
-      kStageBytes / kSlabBytes < kWarps ? kStageBytes / kSlabBytes : kWarps;
 
-  static constexpr int kBarrierOffset = kRingBytes + (kWarps - kSlabsInStage) * kSlabBytes;
+  static constexpr int kBarrierOffset = kRingBytes + kWarps * kSlabBytes;
   static constexpr int kSharedBytes = 1024 + kBarrierOffset + 16 * kStages;
 
   static_assert(kN == 64 || kN == 128 || kN == 256, "there is a wgmma for it");
@@ -186,17 +184,22 @@ __device__ __forceinline__ void RunEpilogue(const DeviceProgram& program,
       }
     }
     __syncwarp();
-    SlabInterpreter<Slab, typename Config::Math>(slab, row, column).Run(program);
+#pragma unroll 1
+    for (int turn = 0; turn < Slab::kTurns; ++turn) {
+      float values[Slab::Fragment::kSize];
+      const typename Slab::Fragment at = Slab::Read(slab, turn, row, column, values);
+      Interpreter<typename Slab::Fragment, typename Config::Math>::Run(program, at, values);
+    }
   }
 }
 
 template <class Config>
-__device__ __forceinline__ void Consume(const HopperArguments& arguments, uint8_t* ring_memory,
-                                        uint32_t ring, const Barriers<Config>& barriers,
+__device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32_t ring,
+                                        const Barriers<Config>& barriers, float* slabs,
                                         const TileRange& tiles, uint32_t rank) {
-  constexpr int kBoth = 1, kOwn = 2;  // named barriers: of both warpgroups, and of each
   const int group = threadIdx.x / 128 - 1;
   const int warp = threadIdx.x / 32 - 4;  // 0 to 7
+  float* const slab = slabs + warp * Config::Slab::kFloats;
   RingPosition<Config> at;
   for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
     int tile_m, tile_n;
@@ -219,18 +222,11 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint8_
     }
     wgmma_wait<0>();
 
-    // Epilogue and store. The last stage is written to once both warpgroups have read it.
-    named_barrier(kBoth, 256);
-    const int offset =
-        warp < Config::kSlabsInStage
-            ? previous * Config::kStageBytes + warp * Config::kSlabBytes
-            : Config::kRingBytes + (warp - Config::kSlabsInStage) * Config::kSlabBytes;
-    const int row = (tile_m * Config::kCluster + static_cast<int>(rank)) * Config::kM + warp * 16;
-    RunEpilogue<Config>(arguments.program, accumulator,
-                        reinterpret_cast<float*>(ring_memory + offset), row, tile_n * Config::kN);
-    order_before_bulk_copies();
-    named_barrier(kOwn + group, 128);
     ReleaseStage(barriers, previous);
+
+    // Epilogue and store.
+    const int row = (tile_m * Config::kCluster + static_cast<int>(rank)) * Config::kM + warp * 16;
+    RunEpilogue<Config>(arguments.program, accumulator, slab, row, tile_n * Config::kN);
   }
 }
 
@@ -268,7 +264,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (threadIdx.x == 0) Produce(arguments, ring, barriers, tiles, rank);
   } else {
     take_registers<232>();
-    Consume(arguments, shared + (ring - start), ring, barriers, tiles, rank);
+    uint8_t* const slabs = shared + (ring - start) + Config::kRingBytes;
+    Consume(arguments, ring, barriers, reinterpret_cast<float*>(slabs), tiles, rank);
   }
   // A block's memory must outlive what the other one sends to it.
   if constexpr (Config::kCluster > 1) cluster_sync();

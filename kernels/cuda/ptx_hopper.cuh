@@ -60,16 +60,6 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
                : "memory");
 }
 
-// Makes ordinary accesses to shared memory come before bulk copies that are asked for later.
-__device__ __forceinline__ void order_before_bulk_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Waits for all of `threads` threads of the block that name barrier `id` (1 to 15).
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Bulk tensor copies: a box of a 2-D tensor to shared memory, its inner coordinate x first. What
 // lies outside the tensor arrives as zeros and counts as bytes brought.
 
