@@ -14,6 +14,9 @@ from .graphs import Order
 from .patterns import Attribute
 from .program import Program
 
+# Why a node that another group took cannot join: not worth a note in the report.
+CLAIMED = "it belongs to another group"
+
 
 @dataclass(frozen=True)
 class FusionGroup:

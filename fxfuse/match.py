@@ -18,7 +18,7 @@ from torch import fx
 from .anchors import LinearCall, NoMatch, NormCall, TensorSource, module_refusal
 from .errors import ProgramError
 from .graphs import is_metadata, may_mutate
-from .groups import FusionGroup, Graph, spell
+from .groups import CLAIMED, FusionGroup, Graph, spell
 from .lower import lower
 from .ops import CASTS
 from .patterns import Attribute, Unsupported, read_call
@@ -123,7 +123,7 @@ class _Growth:
         if node.op == "output":
             return "it is returned"
         if node in self.graph.claims:
-            return "it belongs to another group"
+            return CLAIMED
         if is_metadata(node):
             return "it reads the shape"
         if node.op == "call_module":

@@ -15,6 +15,7 @@ from .anchors import LinearCall
 from .capture import Leaf
 from .errors import InputError
 from .fused import routes_taken
+from .groups import CLAIMED
 from .patterns import Attribute
 from .plan import Refusal, RegionPlan, source_name
 from .program import parse
@@ -242,7 +243,11 @@ def _describe(plan: RegionPlan, index: int) -> GroupReport:
         stores=len(group.outputs),
         launches_before=group.ops_before + int(gemm),
         notes=group.notes,
-        bounds=tuple(f"{b.node.name}: {b.reason}" for b in group.bounds if b.node.op != "output"),
+        bounds=tuple(
+            f"{b.node.name}: {b.reason}"
+            for b in group.bounds
+            if b.node.op != "output" and b.reason != CLAIMED
+        ),
     )
 
 

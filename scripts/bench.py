@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,8 @@ def main() -> None:
         results.models.append(run_case(case, arguments))
         results.write(arguments.json)
     results.write(arguments.json)
+    if _FAILED:
+        sys.exit(f"bench: could not measure: {', '.join(_FAILED)}")
 
 
 def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -204,11 +207,16 @@ def _run_extras(arguments: argparse.Namespace, results: Results) -> None:
     results.write(arguments.json)
 
 
+_FAILED: list[str] = []
+
+
 @contextlib.contextmanager
 def _reported(part: str):
+    """Say what failed and go on; `main` ends with an error if anything did."""
     try:
         yield
     except Exception as error:
+        _FAILED.append(part)
         print(f"{part}: {type(error).__name__}: {error}", flush=True)
 
 
