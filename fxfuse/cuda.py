@@ -93,6 +93,9 @@ def _choose(call: Call, result: Result, device: int) -> str:
         return "cublas"
     if FORCED:
         return FORCED[-1]
+    rows_bytes = (flatten_rows(x)[1] * x.element_size(), weight.stride(0) * x.element_size())
+    if any(size % 16 for size in rows_bytes):
+        return "cublas"  # our kernels would have to copy in steps of two or four bytes
     rows, columns = rows_and_columns(result.acc_shape)
     return preferred_route(torch.cuda.get_device_capability(device), rows, columns, x.shape[-1])
 

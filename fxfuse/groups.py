@@ -25,9 +25,9 @@ class FusionGroup:
     nodes: all nodes the group replaces, in graph order. as_written: the program before it was
     simplified, what eager runs. operands: what the program's operands are. outputs: the nodes whose
     values the program stores. dropouts: for each dropout of the program, the live training flag.
-    views: the shape of each view. metadata: nodes that only read the shape of a value in the group.
-    place: position in the graph where the fused call goes.
-    bounds: what ended the group, and why.
+    views: the shape of each view, its sizes or the node that computes them. metadata: nodes that
+    only read the shape of a value in the group. place: position in the graph where the fused call
+    goes. bounds: what ended the group, and why. ops_before: pointwise kernels eager launches.
     """
 
     anchor: LinearCall | NormCall
@@ -37,7 +37,7 @@ class FusionGroup:
     operands: tuple[TensorSource, ...]
     outputs: tuple[fx.Node, ...]
     dropouts: tuple[TensorSource, ...]
-    views: tuple[tuple[Any, ...], ...]
+    views: tuple[tuple[Any, ...] | fx.Node, ...]
     metadata: tuple[fx.Node, ...]
     place: float
     bounds: tuple[NoMatch, ...]

@@ -70,7 +70,7 @@ class _Growth:
         self.values: dict[fx.Node, Value] = {anchor.node: ACC}
         self.joined: list[_Joined] = []
         self.dropouts: list[tuple[TensorSource, int]] = []
-        self.views: list[tuple[Any, ...]] = []
+        self.views: list[tuple[Any, ...] | fx.Node] = []
         self.limit = math.inf
         self.bounds: list[NoMatch] = []
         self.metadata: list[fx.Node] = []
@@ -254,7 +254,8 @@ class _Growth:
         call = read_view(node, self._columns())
         if call is None:
             return None
-        for size in call.shape:
+        sizes = (call.shape,) if isinstance(call.shape, fx.Node) else call.shape
+        for size in sizes:
             if isinstance(size, fx.Node):
                 self._check_exists(size)
         self.views.append(call.shape)

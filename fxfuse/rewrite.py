@@ -111,7 +111,10 @@ def _call(
         if group.dropouts:
             kwargs["dropout"] = [tensor(f) for f in group.dropouts]
         if group.views:
-            kwargs["views"] = [[size(n) for n in view] for view in group.views]
+            kwargs["views"] = [
+                size(view) if isinstance(view, fx.Node) else [size(n) for n in view]
+                for view in group.views
+            ]
         if not isinstance(anchor, LinearCall):
             x = tensor(anchor.node)
             return graph.call_function(fused_pointwise, (x, operands, text), kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,11 @@ class DropoutCall:
 
 @dataclass(frozen=True)
 class ViewCall:
-    """A reshape that keeps the last dimension. shape: sizes, of which some may be nodes."""
+    """A reshape that keeps the last dimension. shape: sizes, of which some may be nodes, or one
+    node that computes them all."""
 
     source: fx.Node
-    shape: tuple[Any, ...]
+    shape: tuple[Any, ...] | fx.Node
 
 
 def read_dropout(node: fx.Node, modules: Mapping[str, nn.Module]) -> DropoutCall | None:
@@ -77,12 +79,21 @@ def read_view(node: fx.Node, columns: int | None) -> ViewCall | None:
     if name == "flatten":
         if len(args) != 2 or args[0] != 0 or args[1] != -2:
             raise Unsupported("flatten may change the last dimension")
-        shape: tuple[Any, ...] = (-1, columns)
+        shape: tuple[Any, ...] | fx.Node = (-1, columns)
+    elif len(args) == 1 and isinstance(args[0], (tuple, list, fx.Node)):
+        shape = args[0] if isinstance(args[0], fx.Node) else tuple(args[0])
     else:
-        first = args[0]
-        shape = tuple(first) if isinstance(first, (tuple, list)) else tuple(args)
-    if not shape or shape[-1] != columns:
+        shape = tuple(args)
+    if _last_size(shape) != columns:
         raise Unsupported(f"{name} may change the last dimension")
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return ViewCall(source, shape)
+
+
+def _last_size(shape: tuple[Any, ...] | fx.Node) -> Any:
+    """The last of some sizes, None where it is not known: of `x.size()[:-1] + (n,)` it is n."""
+    if isinstance(shape, fx.Node):
+        sums = shape.op == "call_function" and shape.target is operator.add
+        shape = shape.args[1] if sums and isinstance(shape.args[1], tuple) else ()
+    return shape[-1] if shape else None

@@ -330,7 +330,6 @@ def test_a_step_of_sgd_moves_the_parameters_as_eager_does(name):
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(reason="the size given to .view() is computed from x.size()", strict=False)
 def test_gpt2_conv1d_fuses():
     report = fxfuse.report(fxfuse.optimize(GPT2MLP()))
     assert [g.anchor for g in report.groups] == ["c_fc", "c_proj"]

@@ -177,8 +177,8 @@ inline void CopyAsync(uint32_t to, const void* from, int size, int valid) {
   memset(shared + to, 0xff, size);
   emulation::fibers[emulation::current].open.push_back({to, from, size, valid});
 }
-inline void copy_async_16(uint32_t to, const void* from, int valid) {
-  CopyAsync(to, from, 16, valid);
+inline void copy_async_16(uint32_t to, const void* from, uint32_t inside) {
+  CopyAsync(to, from, 16, inside != 0 ? 16 : 0);
 }
 inline void copy_async_4(uint32_t to, const void* from, int valid) {
   CopyAsync(to, from, 4, valid);

@@ -182,7 +182,7 @@ void TestPortable(const char* name, int64_t m, int64_t n, int64_t k, int64_t k_p
 
 template <class In, class Out, int kWidth, int kGroups>
 void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
-  using Config = PointwiseConfig<HostMath, kWidth, kGroups>;
+  using Config = PointwiseConfig<HostMath, kWidth, kGroups, kWidth == 8>;
   const int64_t stride = n + padding;
   const std::vector<In> accumulator = Random<In>(m * stride);
   Case<Out> test(m, n, padding);
@@ -214,10 +214,11 @@ void RunAll() {
   TestPortable<F16, SmallTile, 4, float>("small fp16 to fp32", 64, 64, 512, 8);
   TestPortable<float, SmallTile, 4, float>("small tf32", 65, 60, 100, 4);
   TestPortable<Bf16, SmallTile, 8, Bf16>("small bf16, K = 0", 65, 60, 0);
-  TestPortable<Bf16, SmallTile, 8, Bf16>("small bf16, K odd", 65, 60, 101, 3);
+  TestPortable<Bf16, SmallTile, 8, Bf16>("small bf16, padded rows", 65, 60, 104, 8);
   TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, odd rows", 65, 71, 201);
   TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, even rows", 65, 71, 202, 0, 1);
   TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, K odd", 65, 71, 201, 1, 1);
+  TestPortable<Bf16, RaggedTile, 8, Bf16>("ragged bf16, padded rows", 65, 60, 101, 3);
   TestPortable<F16, RaggedTile, 4, float>("ragged fp16, shifted", 33, 64, 64, 0, 0, 1);
   TestPortable<float, RaggedTile, 4, float>("ragged tf32, shifted", 65, 71, 101, 0, 0, 1);
   TestPortable<Bf16, MediumTile, 8, Bf16>("medium bf16", 200, 150, 456, 0, 2);

@@ -4,17 +4,29 @@
 //   value, slots     = opcode(arguments)                        for each instruction in turn
 //   output[store]    = value                                    where an instruction says so
 //
-// The dispatch is one uniform branch per instruction and fragment. It exists once per kernel:
-// callers loop over fragments instead of unrolling.
+// Decoding and dispatch cost some 100 cycles per instruction and fragment. They exist once per
+// kernel: callers loop over fragments instead of unrolling.
 
 #ifndef FXFUSE_CUDA_INTERPRETER_CUH_
 #define FXFUSE_CUDA_INTERPRETER_CUH_
+
+#include <stddef.h>
 
 #include "device_program.h"
 #include "memory.cuh"
 #include "pointwise.h"
 
 namespace fxfuse {
+
+// Opcodes that most programs are made of: tried first, and unrolled over the whole fragment.
+#define FXFUSE_HOT_OPS(X) \
+  X(add) X(relu) X(mul) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh)
+
+FXFUSE_HD constexpr bool IsHot(Opcode op) {
+#define FXFUSE_HOT(name) || op == Opcode::name
+  return false FXFUSE_HOT_OPS(FXFUSE_HOT);
+#undef FXFUSE_HOT
+}
 
 // Opcodes that are long in instructions and rare in models. They run a few elements at a time in a
 // loop, which keeps them from dominating the size (and the compile time) of every kernel.
@@ -25,81 +37,130 @@ FXFUSE_HD constexpr bool IsCompact(Opcode op) {
          op == Opcode::celu;
 }
 
+// An instruction in registers: five words fetched at once, and one instruction ahead, so that
+// decoding never waits for constant memory.
+class Decoded {
+ public:
+  // `i` may be one past the last.
+  __device__ __forceinline__ Decoded(const DeviceProgram& program, int i) {
+    static_assert(
+        sizeof(fxfuse_instruction) == sizeof(word_) && offsetof(fxfuse_instruction, source) == 4 &&
+            offsetof(fxfuse_instruction, index) == 7 && offsetof(fxfuse_instruction, arity) == 10 &&
+            offsetof(fxfuse_instruction, immediate) == 12,
+        "the shifts below");
+    i = min(i, kMaxDeviceInstructions - 1);
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&program.instruction[i]);
+#pragma unroll
+    for (int j = 0; j < 5; ++j) word_[j] = from[j];
+  }
+
+  __device__ __forceinline__ Opcode opcode() const {
+    return static_cast<Opcode>(word_[0] & 0xffff);
+  }
+  __device__ __forceinline__ int save() const { return static_cast<int8_t>(word_[0] >> 16); }
+  __device__ __forceinline__ int store() const { return static_cast<int8_t>(word_[0] >> 24); }
+  __device__ __forceinline__ int source(int argument) const {
+    return word_[1] >> (8 * argument) & 0xff;
+  }
+  __device__ __forceinline__ int index(int argument) const {
+    return (word_[1] >> 24 | word_[2] << 8) >> (8 * argument) & 0xff;
+  }
+  __device__ __forceinline__ int arity() const { return word_[2] >> 16 & 0xff; }
+  __device__ __forceinline__ float immediate(int i) const {
+    return __uint_as_float(i == 0 ? word_[3] : word_[4]);
+  }
+
+ private:
+  uint32_t word_[5];
+};
+
 template <class Fragment, class Math>
 struct Interpreter {
   static constexpr int kSize = Fragment::kSize;
-  static constexpr int kCompactStep = 4;
-  static_assert(kSize % kCompactStep == 0, "the compact loop takes whole steps");
-
   using Values = float[kSize];
 
-  // Leaves the program's last value in `v`.
+  // Leaves the program's last value in `v`, beginning at instruction `first`.
   static __device__ __forceinline__ void Run(const DeviceProgram& program, const Fragment& at,
-                                             Values& v) {
-    float slot[FXFUSE_MAX_SLOTS][kSize];  // indexed at run time, hence in local memory; rarely used
-    Values b = {}, c = {};
+                                             Values& v, int first = 0) {
+    Slots slot;
+    Values b = {};
+    Decoded next(program, first);
 #pragma unroll 1
-    for (int i = 0; i < program.instruction_count; ++i) {
-      const fxfuse_instruction& instruction = program.instruction[i];
-      Gather(program, instruction, at, slot, v, b, c);
-      Dispatch(instruction, v, b, c);
-      if (instruction.save >= 0) {
+    for (int i = first; i < program.instruction_count; ++i) {
+      const Decoded instruction = next;
+      next = Decoded(program, i + 1);
+      Gather(program, instruction, at, slot, v, b);
+      Dispatch(instruction, v, b, slot[kThird]);
+      if (instruction.save() >= 0) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) slot[instruction.save][j] = v[j];
+        for (int j = 0; j < kSize; ++j) slot[instruction.save()][j] = v[j];
       }
-      if (instruction.store >= 0) Store(program, program.output[instruction.store], at, v);
+      if (instruction.store() >= 0) Store(program, program.output[instruction.store()], at, v);
     }
   }
 
-  // Shared with the slab interpreter from here on.
+ private:
+  // Indexed at run time, hence in local memory; rarely used. The one past the last holds the third
+  // argument of an instruction: too rare for registers.
+  static constexpr int kThird = FXFUSE_MAX_SLOTS;
+  using Slots = float[FXFUSE_MAX_SLOTS + 1][kSize];
 
-  // Puts the arguments where Dispatch wants them. Last to first, as `v` is still the previous
-  // value while it may be asked for. Not unrolled: one copy of the fetching code serves all three.
+  // Puts the arguments where Dispatch wants them: the first in `v`, the second in `b`, the third in
+  // slot[kThird]. Not unrolled: one copy of the fetching code, into `b`, serves all three. The
+  // second is fetched last, and `v` gives way to the first only when no one else asks for it.
   static __device__ __forceinline__ void Gather(const DeviceProgram& program,
-                                                const fxfuse_instruction& instruction,
-                                                const Fragment& at,
-                                                const float (&slot)[FXFUSE_MAX_SLOTS][kSize],
-                                                Values& v, Values& b, Values& c) {
+                                                const Decoded& instruction, const Fragment& at,
+                                                Slots& slot, Values& v, Values& b) {
+    const int arity = instruction.arity();
+    if (arity == 1 && instruction.source(0) == FXFUSE_FROM_PREVIOUS) return;
 #pragma unroll 1
-    for (int argument = instruction.arity - 1; argument >= 0; --argument) {
-      const int source = instruction.source[argument];
-      const int index = instruction.index[argument];
-      if (argument == 0 && source == FXFUSE_FROM_PREVIOUS) break;
-      Values t;
+    for (int turn = arity == 3 ? 0 : 1; turn < 3; ++turn) {
+      const int argument = turn == 0 ? 2 : turn - 1;
+      if (argument >= arity) break;
+      const int source = instruction.source(argument);
+      const int index = instruction.index(argument);
       if (source == FXFUSE_FROM_OPERAND) {
-        Load(program, program.operand[index], at, t);
+        Load(program, program.operand[index], at, b);
       } else if (source == FXFUSE_FROM_IMMEDIATE) {
-        const float immediate = instruction.immediate[index];
+        const float immediate = instruction.immediate(index);
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) t[j] = immediate;
+        for (int j = 0; j < kSize; ++j) b[j] = immediate;
       } else if (source == FXFUSE_FROM_SLOT) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) t[j] = slot[index][j];
+        for (int j = 0; j < kSize; ++j) b[j] = slot[index][j];
       } else {
+        if (argument == 0) continue;  // in place
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) t[j] = v[j];
+        for (int j = 0; j < kSize; ++j) b[j] = v[j];
       }
-      if (argument == 0) {
+      if (argument == 2) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) v[j] = t[j];
-      } else if (argument == 1) {
+        for (int j = 0; j < kSize; ++j) slot[kThird][j] = b[j];
+      } else if (argument == 0) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) b[j] = t[j];
-      } else {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) c[j] = t[j];
+        for (int j = 0; j < kSize; ++j) {
+          const float previous = v[j];
+          v[j] = b[j];
+          b[j] = previous;
+        }
+        if (arity > 1 && instruction.source(1) == FXFUSE_FROM_PREVIOUS) break;
       }
     }
   }
 
-  static __device__ __forceinline__ void Dispatch(const fxfuse_instruction& instruction, Values& v,
-                                                  Values& b, Values& c) {
-    const float p0 = instruction.immediate[0];
-    const float p1 = instruction.immediate[1];
-    switch (static_cast<Opcode>(instruction.opcode)) {
-#define FXFUSE_OP(name, arity, params)      \
-  case Opcode::name:                        \
-    Execute<Opcode::name>(v, b, c, p0, p1); \
+  static __device__ __forceinline__ void Dispatch(const Decoded& instruction, Values& v, Values& b,
+                                                  const Values& c) {
+    const float p0 = instruction.immediate(0);
+    const float p1 = instruction.immediate(1);
+    const Opcode opcode = instruction.opcode();
+#define FXFUSE_HOT(name) \
+  if (opcode == Opcode::name) return Execute<Opcode::name>(v, b, c, p0, p1);
+    FXFUSE_HOT_OPS(FXFUSE_HOT)
+#undef FXFUSE_HOT
+    switch (opcode) {
+#define FXFUSE_OP(name, arity, params)                                          \
+  case Opcode::name:                                                            \
+    if constexpr (!IsHot(Opcode::name)) Execute<Opcode::name>(v, b, c, p0, p1); \
     break;
 #include "opcodes.def"
 #undef FXFUSE_OP
@@ -107,97 +168,117 @@ struct Interpreter {
   }
 
   template <Opcode op>
-  static __device__ __forceinline__ void Execute(Values& v, Values& b, Values& c, float p0,
+  static __device__ __forceinline__ void Execute(Values& v, Values& b, const Values& c, float p0,
                                                  float p1) {
-    if constexpr (!IsCompact(op)) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) v[j] = Apply<Math, op>(v[j], b[j], c[j], p0, p1);
-    } else {
-      // Registers cannot be indexed, so the fragment turns past a fixed window instead: after a
-      // full turn every element is back in its place.
+    constexpr int kArguments = kArity[static_cast<int>(op)];
+    constexpr int kStep =
+        IsHot(op) || kArguments == 3 ? kSize : (IsCompact(op) ? 4 : (kSize < 16 ? kSize : 16));
+    static_assert(kSize % kStep == 0, "the loop below takes whole steps");
+    // Registers cannot be indexed, so the fragment turns past a fixed window instead: after a full
+    // turn every element is back in its place.
 #pragma unroll 1
-      for (int i = 0; i < kSize; i += kCompactStep) {
-        float result[kCompactStep];
+    for (int i = 0; i < kSize; i += kStep) {
+      float result[kStep];
 #pragma unroll
-        for (int j = 0; j < kCompactStep; ++j) {
-          result[j] = Apply<Math, op>(v[j], b[j], c[j], p0, p1);
-        }
-        Turn(v);
-        if constexpr (kArity[static_cast<int>(op)] > 1) Turn(b);
-        if constexpr (kArity[static_cast<int>(op)] > 2) Turn(c);
+      for (int j = 0; j < kStep; ++j) result[j] = Apply<Math, op>(v[j], b[j], c[j], p0, p1);
+      Turn<kStep>(v);
+      if constexpr (kArguments > 1) Turn<kStep>(b);
 #pragma unroll
-        for (int j = 0; j < kCompactStep; ++j) v[kSize - kCompactStep + j] = result[j];
-      }
+      for (int j = 0; j < kStep; ++j) v[kSize - kStep + j] = result[j];
     }
   }
 
+  template <int kStep>
   static __device__ __forceinline__ void Turn(Values& x) {
-    float head[kCompactStep];
+    float head[kStep];
 #pragma unroll
-    for (int j = 0; j < kCompactStep; ++j) head[j] = x[j];
+    for (int j = 0; j < kStep; ++j) head[j] = x[j];
 #pragma unroll
-    for (int j = 0; j < kSize - kCompactStep; ++j) x[j] = x[j + kCompactStep];
+    for (int j = 0; j < kSize - kStep; ++j) x[j] = x[j + kStep];
 #pragma unroll
-    for (int j = 0; j < kCompactStep; ++j) x[kSize - kCompactStep + j] = head[j];
+    for (int j = 0; j < kStep; ++j) x[kSize - kStep + j] = head[j];
   }
 
   static __device__ __forceinline__ void Load(const DeviceProgram& program,
                                               const DeviceOperand& operand, const Fragment& at,
                                               Values& t) {
-    uint32_t row[Fragment::kGroups];
+    constexpr int kWidth = Fragment::kWidth;
+    const bool whole = operand.access == Access::kVector && at.Column() + kWidth <= program.columns;
+    if (whole && operand.row_stride == 0) {  // the same for all rows
+      float row[kWidth];
+      const int64_t offset[1] = {at.Column()};
+      LoadVectors<kWidth, 1>(operand.data, operand.dtype, offset, row);
 #pragma unroll
-    for (int g = 0; g < Fragment::kGroups; ++g) {
-      // Rows past the end are read as the last one and never stored.
-      row[g] = min(at.Row(g), program.rows - 1);
-      if (operand.periodic) row[g] = row[g] / operand.repeat % operand.period;
-    }
-    if (operand.access == Access::kBroadcast) {
-#pragma unroll
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        const float value = LoadElement(operand.data, operand.dtype, row[g] * operand.row_stride);
-#pragma unroll
-        for (int j = 0; j < Fragment::kWidth; ++j) t[g * Fragment::kWidth + j] = value;
-      }
-    } else if (operand.access == Access::kVector &&
-               at.Column() + Fragment::kWidth <= program.columns) {
+      for (int j = 0; j < kSize; ++j) t[j] = row[j % kWidth];
+    } else if (whole) {
       int64_t offset[Fragment::kGroups];
 #pragma unroll
       for (int g = 0; g < Fragment::kGroups; ++g) {
-        offset[g] = row[g] * operand.row_stride + at.Column();
+        offset[g] = OperandRow(program, operand, at.Row(g)) + at.Column();
       }
-      LoadVectors<Fragment::kWidth, Fragment::kGroups>(operand.data, operand.dtype, offset, t);
+      LoadVectors<kWidth, Fragment::kGroups>(operand.data, operand.dtype, offset, t);
+    } else if (operand.access == Access::kBroadcast) {
+      int64_t offset[Fragment::kGroups];
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        offset[g] = OperandRow(program, operand, at.Row(g));
+      }
+      float value[Fragment::kGroups];
+      LoadElements<Fragment::kGroups>(operand.data, operand.dtype, offset, value);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth];
     } else {
+#pragma unroll 1
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        const int64_t row = OperandRow(program, operand, at.Row(g));
+        int64_t offset[kWidth];
 #pragma unroll
-      for (int j = 0; j < Fragment::kWidth; ++j) {
-        const uint32_t column = min(at.Column() + j, program.columns - 1);
-#pragma unroll
-        for (int g = 0; g < Fragment::kGroups; ++g) {
-          const int64_t offset = row[g] * operand.row_stride + column * operand.column_stride;
-          t[g * Fragment::kWidth + j] = LoadElement(operand.data, operand.dtype, offset);
+        for (int j = 0; j < kWidth; ++j) {
+          offset[j] = row + min(at.Column() + j, program.columns - 1) * operand.column_stride;
         }
+        float value[kWidth];
+        LoadElements<kWidth>(operand.data, operand.dtype, offset, value);
+        Turn<kWidth>(t);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) t[kSize - kWidth + j] = value[j];
       }
     }
   }
 
+  // Where the operand's row for row `row` of the matrix begins, in elements. Rows past the end are
+  // read as the last one and never stored.
+  static __device__ __forceinline__ int64_t OperandRow(const DeviceProgram& program,
+                                                       const DeviceOperand& operand, uint32_t row) {
+    row = min(row, program.rows - 1);
+    if (operand.periodic) row = row / operand.repeat % operand.period;
+    return row * operand.row_stride;
+  }
+
   static __device__ __forceinline__ void Store(const DeviceProgram& program,
                                                const DeviceOutput& output, const Fragment& at,
-                                               const Values& v) {
-    const bool whole = output.vector && at.Column() + Fragment::kWidth <= program.columns;
+                                               Values& v) {
+    constexpr int kWidth = Fragment::kWidth;
+    if (output.vector && at.Column() + kWidth <= program.columns) {
 #pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        if (at.Row(g) >= program.rows) continue;
+        const int64_t offset = at.Row(g) * output.row_stride + at.Column();
+        StoreVector<kWidth>(output.data, output.dtype, offset, v + g * kWidth);
+      }
+      return;
+    }
+#pragma unroll 1
     for (int g = 0; g < Fragment::kGroups; ++g) {
-      if (at.Row(g) >= program.rows) continue;
-      const int64_t offset = at.Row(g) * output.row_stride + at.Column();
-      const float* values = v + g * Fragment::kWidth;
-      if (whole) {
-        StoreVector<Fragment::kWidth>(output.data, output.dtype, offset, values);
-      } else {
+      if (at.Row(g) < program.rows) {
+        const int64_t offset = at.Row(g) * output.row_stride + at.Column();
 #pragma unroll
-        for (int j = 0; j < Fragment::kWidth; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
           if (at.Column() + j < program.columns) {
-            StoreElement(output.data, output.dtype, offset + j, values[j]);
+            StoreElement(output.data, output.dtype, offset + j, v[j]);
           }
         }
       }
+      Turn<kWidth>(v);
     }
   }
 };

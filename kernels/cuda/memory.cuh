@@ -134,6 +134,30 @@ __device__ __forceinline__ float LoadElement(const void* data, int dtype, int64_
   }
 }
 
+// `kCount` elements, wherever they are; all loads are issued before the first is used.
+template <int kCount>
+__device__ __forceinline__ void LoadElements(const void* data, int dtype,
+                                             const int64_t (&offset)[kCount],
+                                             float (&values)[kCount]) {
+  if (dtype == FXFUSE_F32) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<const float*>(data)[offset[i]];
+  } else if (dtype == FXFUSE_BOOL) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = static_cast<const uint8_t*>(data)[offset[i]] != 0 ? 1.0f : 0.0f;
+    }
+  } else {
+    uint32_t half[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) half[i] = static_cast<const uint16_t*>(data)[offset[i]];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = dtype == FXFUSE_F16 ? UnpackF16(half[i]).x : UnpackBf16(half[i]).x;
+    }
+  }
+}
+
 template <int kWidth>
 __device__ __forceinline__ void StoreVector(void* data, int dtype, int64_t offset,
                                             const float* values) {

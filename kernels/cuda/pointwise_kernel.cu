@@ -1,9 +1,9 @@
 // output = program(acc), acc [M, N] in memory, in place where output and acc are one matrix.
 //
-// At best every byte is read and written once: the next fragment's loads are issued before the
-// present one is computed, so that each SM always has reads under way, which with 16 warps of 512
-// to 1024 bytes is what its share of an H200's memory needs (about 11 bytes a cycle over some 800
-// cycles of latency).
+// At best every byte is read and written once, and each SM always has reads under way: with 24
+// warps of 512 to 2048 bytes it has what its share of an H200's memory needs (about 11 bytes a
+// cycle over some 800 cycles of latency). Where a fragment's words leave room for the next one's,
+// those are fetched before the present one is computed.
 
 #include "fragment.cuh"
 #include "interpreter.cuh"
@@ -14,13 +14,14 @@
 namespace fxfuse {
 namespace {
 
-template <class Math_, int kWidth, int kGroups>
+template <class Math_, int kWidth, int kGroups, bool kPrefetch_>
 struct PointwiseConfig {
   using Math = Math_;
   using Fragment = RowFragment<kWidth, kGroups>;
-  // 128 registers a thread: 16 fragment values four times over (value, two arguments, what is
-  // being fetched), as many words of the next fragment, and addresses.
-  static constexpr int kBlocksPerSm = 2;
+  static constexpr bool kPrefetch = kPrefetch_;
+  // 80 registers a thread: 16 fragment values twice over (value and argument), as many words of
+  // the next fragment, and addresses.
+  static constexpr int kBlocksPerSm = 3;
 };
 
 // A fragment of the accumulator as it lies in memory: 16-bit elements fill half of the words.
@@ -106,13 +107,14 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
                     (column_block * lanes + lane) * Fragment::kWidth);
   };
 
-  // Loads of one fragment, program and store of the one before.
+  // Loads of one fragment (or the next), program and store.
   Fragment at = position();
   RawFragment<Fragment> raw;
-  raw.Load(arguments, at);
+  if constexpr (Config::kPrefetch) raw.Load(arguments, at);
 #pragma unroll 1
   while (row_block < arguments.row_blocks) {
     float values[Fragment::kSize];
+    if constexpr (!Config::kPrefetch) raw.Load(arguments, at);
     raw.Unpack(arguments.dtype, values);
     const Fragment here = at;
     row_block += row_step;
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
       ++row_block;
     }
     at = position();
-    if (row_block < arguments.row_blocks) raw.Load(arguments, at);
+    if (Config::kPrefetch && row_block < arguments.row_blocks) raw.Load(arguments, at);
     if (here.Column() < arguments.program.columns) {
       Interpreter<Fragment, typename Config::Math>::Run(arguments.program, here, values);
     }
@@ -142,9 +144,9 @@ PointwiseKernel Describe(const char* name, MathLevel math) {
 
 const PointwiseKernel& PointwiseKernelFor(MathLevel math) {
   static const PointwiseKernel kernels[kPointwiseKernels] = {
-      Describe<PointwiseConfig<DeviceFastMath, 8, 2>>("pointwise_fast", MathLevel::kFast),
-      Describe<PointwiseConfig<DeviceHalfMath, 8, 2>>("pointwise_half", MathLevel::kHalf),
-      Describe<PointwiseConfig<DeviceMath, 4, 4>>("pointwise_exact", MathLevel::kExact),
+      Describe<PointwiseConfig<DeviceFastMath, 8, 2, true>>("pointwise_fast", MathLevel::kFast),
+      Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half", MathLevel::kHalf),
+      Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact", MathLevel::kExact),
   };
   return kernels[static_cast<int>(math)];
 }

@@ -45,12 +45,12 @@ struct PortableConfig {
   static constexpr int kEpilogueBytes = kWarpsM * kWarpsN * kStagingBytes;
   static constexpr int kSharedBytes = kRingBytes > kEpilogueBytes ? kRingBytes : kEpilogueBytes;
 
-  // The fragment the program runs over: up to 16 values of a thread.
+  // The fragment the program runs over: up to 32 values of a thread.
   static constexpr int kLanesPerRow = Tile::kWarpN / kVectorWidth;
   static constexpr int kRowsPerWarp = 32 / kLanesPerRow;
   static constexpr int kValuesPerLane = Tile::kWarpM * Tile::kWarpN / 32;
   using Fragment =
-      RowFragment<kVectorWidth, (kValuesPerLane < 16 ? kValuesPerLane : 16) / kVectorWidth>;
+      RowFragment<kVectorWidth, (kValuesPerLane < 32 ? kValuesPerLane : 32) / kVectorWidth>;
   static constexpr int kRowsPerFragment = kRowsPerWarp * Fragment::kGroups;
 
   static_assert(Tile::kM % Tile::kWarpM == 0 && Tile::kN % Tile::kWarpN == 0, "whole warp tiles");
@@ -98,9 +98,9 @@ __device__ __forceinline__ void LoadOperands(uint32_t a, uint32_t b, int step,
   }
 }
 
+// fp32 fragments to TF32; nothing to do for 16-bit inputs.
 template <class Config>
-__device__ __forceinline__ void Multiply(Operands<Config>& operands,
-                                         float (&accumulator)[Config::kMmasM][Config::kMmasN][4]) {
+__device__ __forceinline__ void Round(Operands<Config>& operands) {
   if constexpr (sizeof(typename Config::Input) == 4) {
 #pragma unroll
     for (int i = 0; i < Config::kMmasM; ++i) {
@@ -113,6 +113,11 @@ __device__ __forceinline__ void Multiply(Operands<Config>& operands,
       for (int r = 0; r < 4; ++r) operands.b[j][r] = round_to_tf32(operands.b[j][r]);
     }
   }
+}
+
+template <class Config>
+__device__ __forceinline__ void Multiply(const Operands<Config>& operands,
+                                         float (&accumulator)[Config::kMmasM][Config::kMmasN][4]) {
 #pragma unroll
   for (int i = 0; i < Config::kMmasM; ++i) {
 #pragma unroll
@@ -123,6 +128,32 @@ __device__ __forceinline__ void Multiply(Operands<Config>& operands,
     }
   }
 }
+
+// The row of the program's leading addition (a bias, as a rule), so far as it can be fetched once
+// for all of the warp's rows; -0 else, which every value is neutral to.
+template <int kWidth>
+struct LeadingRow {
+  // `inside`: all columns of the warp's tile are.
+  __device__ __forceinline__ LeadingRow(const DeviceProgram& program, uint32_t column,
+                                        bool inside) {
+    const fxfuse_instruction& add = program.instruction[0];
+    const DeviceOperand& operand = program.operand[add.index[1]];
+    found = inside && program.instruction_count > 0 &&
+            add.opcode == static_cast<uint16_t>(Opcode::add) &&
+            add.source[0] == FXFUSE_FROM_PREVIOUS && add.source[1] == FXFUSE_FROM_OPERAND &&
+            add.save < 0 && add.store < 0 && operand.access == Access::kVector &&
+            operand.row_stride == 0;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) value[j] = -0.0f;
+    if (found) {
+      const int64_t offset[1] = {column};
+      LoadVectors<kWidth, 1>(operand.data, operand.dtype, offset, value);
+    }
+  }
+
+  bool found;
+  float value[kWidth];
+};
 
 // Runs the program over this warp's tile, staged through `staging`, and stores.
 template <class Config>
@@ -151,8 +182,11 @@ __device__ __forceinline__ void Epilogue(
   // Program and store.
   const int lane_row = lane / Config::kLanesPerRow;
   const int lane_column = lane % Config::kLanesPerRow * Fragment::kWidth;
+  const LeadingRow<Fragment::kWidth> leading(program, column0 + lane_column,
+                                             column0 + Tile::kWarpN <= program.columns);
 #pragma unroll 1
   for (int row = lane_row; row < Tile::kWarpM; row += Config::kRowsPerFragment) {
+    if (row0 + row - lane_row >= program.rows) break;
     float values[Fragment::kSize];
     const float* from = staging + row * Config::kStagingPitch + lane_column;
 #pragma unroll
@@ -162,11 +196,12 @@ __device__ __forceinline__ void Epilogue(
         const float4 four = *reinterpret_cast<const float4*>(
             from + g * Config::kRowsPerWarp * Config::kStagingPitch + j);
         float* to = values + g * Fragment::kWidth + j;
-        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+        to[0] = four.x + leading.value[j], to[1] = four.y + leading.value[j + 1];
+        to[2] = four.z + leading.value[j + 2], to[3] = four.w + leading.value[j + 3];
       }
     }
     const Fragment at(row0 + row, Config::kRowsPerWarp, column0 + lane_column);
-    Interpreter<Fragment, typename Config::Math>::Run(program, at, values);
+    Interpreter<Fragment, typename Config::Math>::Run(program, at, values, leading.found);
   }
 }
 
@@ -209,19 +244,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kBlocksPerSm)
   copy_async_wait<Tile::kStages - 2>();
   __syncthreads();
 
-  // Mainloop. While k-step s is multiplied, s + 1 is read into the other set of fragments and a
-  // quarter of the stage after next is asked for; it goes where the stage before this one was,
-  // which every warp has left since the last barrier.
+  // Mainloop. While k-step s is multiplied, s + 1 is read into the other set of fragments, first of
+  // all, as nothing must delay it; and a third of the stage after next is asked for, in all steps
+  // but the last. It goes where the stage before this one was, which every warp has left since the
+  // last barrier.
   uint32_t read = ring;
   uint32_t write = ring + (Tile::kStages - 1) * Config::kStageBytes;
   const uint32_t end = ring + Config::kRingBytes;
   Operands<Config> operands[2];
   LoadOperands<Config>(read + lane_a, read + lane_b, 0, operands[0]);
+  Round<Config>(operands[0]);
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
-      loader.LoadPart(write, step, Config::kSteps);
       if (step == Config::kSteps - 1) {
         loader.NextStage();
         copy_async_commit();
@@ -233,7 +269,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kBlocksPerSm)
       }
       LoadOperands<Config>(read + lane_a, read + lane_b, (step + 1) % Config::kSteps,
                            operands[(step + 1) % 2]);
+      if (step < Config::kSteps - 1) loader.LoadPart(write, step, Config::kSteps - 1);
       Multiply<Config>(operands[step % 2], accumulator);
+      Round<Config>(operands[(step + 1) % 2]);
     }
   }
   copy_async_wait<0>();

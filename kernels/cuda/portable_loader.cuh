@@ -8,19 +8,90 @@
 #ifndef FXFUSE_CUDA_PORTABLE_LOADER_CUH_
 #define FXFUSE_CUDA_PORTABLE_LOADER_CUH_
 
+#include <type_traits>
+
 #include "portable_kernels.h"
 #include "portable_tiles.h"
 #include "ptx.cuh"
 
 namespace fxfuse {
 
-// Copies of `kBytes` (16 or 4) bytes; each thread has its column of the stage and every so many
-// rows. With 4 bytes nothing is assumed beyond the alignment of an element.
-template <class Config, int kBytes>
-class StripedLoader {
+// 16-byte copies; rows of A and B and K itself are multiples of 16 bytes. What a copy needs is an
+// offset from the tile's first row, kept in a register, and a base that is the same for all threads
+// and moves along K: next to no arithmetic stands between the multiplications.
+template <class Config>
+class AlignedLoader {
  public:
-  __device__ __forceinline__ StripedLoader(const PortableArguments& arguments, int row0,
+  __device__ __forceinline__ AlignedLoader(const PortableArguments& arguments, int row0,
                                            int column0) {
+    const int row = threadIdx.x / kPerRow;
+    const uint32_t column = threadIdx.x % kPerRow * kBytes;  // in bytes of K
+    const uint32_t pitch_a = static_cast<uint32_t>(arguments.lda) * kElementBytes;
+    const uint32_t pitch_b = static_cast<uint32_t>(arguments.ldb) * kElementBytes;
+    left_ = arguments.k * kElementBytes - static_cast<int>(column);
+    a_ = static_cast<const char*>(arguments.a) + row0 * (arguments.lda * kElementBytes);
+    b_ = static_cast<const char*>(arguments.b) + column0 * (arguments.ldb * kElementBytes);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int down = row + (i < kCopiesA ? i : i - kCopiesA) * kRowStep;
+      offset_[i] = down * (i < kCopiesA ? pitch_a : pitch_b) + column;
+      const bool exists = i < kCopiesA ? row0 + down < arguments.m : column0 + down < arguments.n;
+      inside_ |= (exists ? 1u : 0u) << i;
+    }
+    to_ = row * kStageRowBytes + ((column / 16) ^ (row % 8)) * 16;
+  }
+
+  // Issues part `part` of `parts` of the copies that fill the stage at `stage`. With constant
+  // arguments the choice costs nothing.
+  __device__ __forceinline__ void LoadPart(uint32_t stage, int part, int parts) const {
+    const uint32_t inside = left_ > 0 ? inside_ : 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (i * parts / kCopies != part) continue;
+      const int down = (i < kCopiesA ? i : i - kCopiesA) * kRowStep;
+      const uint32_t flip = down % 8 * 16;  // 0 or 64
+      copy_async_16(
+          stage + (i < kCopiesA ? 0 : Config::kStageBytesA) + (to_ ^ flip) + down * kStageRowBytes,
+          (i < kCopiesA ? a_ : b_) + offset_[i], inside & 1u << i);
+    }
+  }
+
+  __device__ __forceinline__ void NextStage() {
+    a_ += kStageRowBytes;
+    b_ += kStageRowBytes;
+    left_ -= kStageRowBytes;
+  }
+
+ private:
+  static constexpr int kBytes = 16;
+  static constexpr int kElementBytes = sizeof(typename Config::Input);
+  static constexpr int kPerRow = kStageRowBytes / kBytes;
+  static constexpr int kRowStep = Config::kThreads / kPerRow;
+  static constexpr int kCopiesA = Config::Tile::kM / kRowStep;
+  static constexpr int kCopiesB = Config::Tile::kN / kRowStep;
+  static constexpr int kCopies = kCopiesA + kCopiesB;
+  static_assert(Config::Tile::kM % kRowStep == 0 && Config::Tile::kN % kRowStep == 0,
+                "threads divide the tile's rows evenly");
+  static_assert(kRowStep % 4 == 0, "the swizzle of later rows differs in bit 2 of r % 8 at most");
+  static_assert(kCopies <= 32, "one bit each in `inside_`");
+  static_assert(Config::Tile::kM <= kMaxTileRows && Config::Tile::kN <= kMaxTileRows,
+                "offsets have 32 bits");
+
+  const char* a_;
+  const char* b_;
+  uint32_t offset_[kCopies];
+  uint32_t to_;
+  uint32_t inside_ = 0;  // bit i: the row of copy i exists
+  int left_;             // bytes of K from this thread's column on
+};
+
+// 4-byte copies; each thread has its column of the stage and every so many rows. Nothing is assumed
+// beyond the alignment of an element.
+template <class Config>
+class RaggedLoader {
+ public:
+  __device__ __forceinline__ RaggedLoader(const PortableArguments& arguments, int row0,
+                                          int column0) {
     const int row = threadIdx.x / kPerRow;
     const int column = threadIdx.x % kPerRow * kBytes;  // in bytes of K
     left_ = arguments.k * kElementBytes - column;
@@ -63,6 +134,7 @@ class StripedLoader {
   }
 
  private:
+  static constexpr int kBytes = 4;
   static constexpr int kElementBytes = sizeof(typename Config::Input);
   static constexpr int kPerRow = kStageRowBytes / kBytes;
   static constexpr int kRowStep = Config::kThreads / kPerRow;
@@ -81,9 +153,7 @@ class StripedLoader {
   }
 
   __device__ __forceinline__ void Copy(uint32_t to, const char* from, int bytes) const {
-    if constexpr (kBytes == 16) {
-      copy_async_16(to, from, bytes);
-    } else if (kElementBytes == 4 || whole_words_) {
+    if (kElementBytes == 4 || whole_words_) {
       copy_async_4(to, from, bytes);
     } else {
       uint32_t word = 0;
@@ -103,7 +173,8 @@ class StripedLoader {
 };
 
 template <class Config>
-using StageLoader = StripedLoader<Config, Config::Tile::kAligned ? 16 : 4>;
+using StageLoader =
+    std::conditional_t<Config::Tile::kAligned, AlignedLoader<Config>, RaggedLoader<Config>>;
 
 }  // namespace fxfuse
 

@@ -16,6 +16,10 @@ namespace fxfuse {
 // A stage row: 128 bytes of K, one swizzle period of eight 16-byte chunks over eight rows.
 constexpr int kStageRowBytes = 128;
 
+// Offsets within a tile are counted by 32-bit integers, so rows of aligned tiles are no further
+// apart than 2^32 bytes divided by this.
+constexpr int kMaxTileRows = 256;
+
 // 48 KB a stage, 144 KB in all, about 250 registers a thread, eight warps: one block fills an SM
 // of 64 K registers. The epilogue's 8 x 18 KB of staging are exactly the three stages.
 struct LargeTile {
@@ -33,7 +37,7 @@ struct MediumTile {
   static constexpr bool kAligned = true;
 };
 
-// 16 KB a stage, 64 KB in all, about 120 registers a thread: three blocks to an SM.
+// 16 KB a stage, 64 KB in all, about 150 registers a thread: three blocks to an SM.
 struct SmallTile {
   static constexpr int kM = 64, kN = 64, kWarpM = 32, kWarpN = 32;
   static constexpr int kStages = 4, kBlocksPerSm = 3;

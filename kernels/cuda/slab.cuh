@@ -10,8 +10,8 @@
 
 namespace fxfuse {
 
-// Rows are divided into chunks of four floats. Chunk c of row r lies at c ^ 2 (r % 4) ^ (c / 8 % 2):
-// the first term keeps apart the four rows whose accumulators a half-warp writes at a time, the
+// Rows are divided into chunks of four floats. Chunk c of row r lies at c ^ 2 (r % 4) ^ (c / 8 %
+// 2): the first term keeps apart the four rows whose accumulators a half-warp writes at a time, the
 // second the even chunks that eight lanes read at a time.
 template <int kColumns_>
 struct SlabShape {
@@ -19,8 +19,8 @@ struct SlabShape {
   static constexpr int kColumns = kColumns_;
   static constexpr int kFloats = kRows * kColumns;
 
-  // A lane takes eight adjacent columns of every kRowStep-th row, two rows in a turn: more values at
-  // a time would not fit into registers beside the accumulators that still wait.
+  // A lane takes eight adjacent columns of every kRowStep-th row, two rows in a turn: more values
+  // at a time would not fit into registers beside the accumulators that still wait.
   static constexpr int kWidth = 8;
   static constexpr int kLanesPerRow = kColumns / kWidth;
   static constexpr int kRowStep = 32 / kLanesPerRow;

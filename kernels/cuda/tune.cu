@@ -37,17 +37,19 @@ __global__ void Fill(void* data, int dtype, int64_t count, uint32_t seed) {
   }
 }
 
-// relu(A @ B^T + bias), one thread to an element.
+// Rows 0, step, 2 * step, ... of relu(A @ B^T + bias), one warp to an element.
 __global__ void Reference(const void* a, const void* b, const void* bias, int dtype, float* out,
-                          int64_t m, int64_t n, int64_t k) {
-  const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  const int64_t row = blockIdx.y;
+                          int64_t step, int64_t n, int64_t k) {
+  const int64_t column = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  const int64_t row = blockIdx.y * step;
   if (column >= n) return;
   float sum = 0.0f;
-  for (int64_t i = 0; i < k; ++i) {
+  for (int64_t i = threadIdx.x % 32; i < k; i += 32) {
     sum += LoadElement(a, dtype, row * k + i) * LoadElement(b, dtype, column * k + i);
   }
-  out[row * n + column] = fmaxf(sum + LoadElement(bias, dtype, column), 0.0f);
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+  if (threadIdx.x % 32 != 0) return;
+  out[blockIdx.y * n + column] = fmaxf(sum + LoadElement(bias, dtype, column), 0.0f);
 }
 
 fxfuse_instruction Instruction(Opcode opcode, int store = -1) {
@@ -56,8 +58,23 @@ fxfuse_instruction Instruction(Opcode opcode, int store = -1) {
   instruction.arity = kArity[instruction.opcode];
   instruction.save = -1;
   instruction.store = static_cast<int8_t>(store);
+  instruction.source[1] = FXFUSE_FROM_OPERAND;
+  instruction.immediate[0] = -1.0f, instruction.immediate[1] = 1.0f;
   return instruction;
 }
+
+// The program that runs `chain`, its binary operations against operand 0, and stores to output 0.
+void SetChain(const std::vector<Opcode>& chain, fxfuse_program* program) {
+  program->instruction_count = static_cast<int32_t>(chain.size());
+  for (size_t i = 0; i < chain.size(); ++i) {
+    program->instruction[i] = Instruction(chain[i], i + 1 == chain.size() ? 0 : -1);
+  }
+}
+
+const std::vector<Opcode> kRelu = {Opcode::relu};
+const std::vector<Opcode> kAddRelu = {Opcode::add, Opcode::relu};
+const std::vector<Opcode> kFiveOps = {Opcode::add, Opcode::silu, Opcode::tanh, Opcode::gelu,
+                                      Opcode::clamp};
 
 struct Buffer {
   explicit Buffer(int64_t bytes) { Check(cudaMalloc(&data, bytes), "cudaMalloc"); }
@@ -88,56 +105,72 @@ float Time(Call call) {
 
 void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
   const int size = DtypeSize(dtype);
-  Buffer a(m * k * size), b(n * k * size), bias(n * size), out(m * n * 4), reference(m * n * 4);
-  Fill<<<1024, 256>>>(a.data, dtype, m * k, 1);
-  Fill<<<1024, 256>>>(b.data, dtype, n * k, 2);
+  // Several operands in turn, so that small ones are not read out of L2 alone.
+  constexpr int kSets = 3;
+  const int64_t rows = std::min<int64_t>(m, 64), step = m / rows;
+  Buffer a(kSets * m * k * size), b(kSets * n * k * size), bias(n * size), out(m * n * 4);
+  Buffer reference(rows * n * 4);
+  Fill<<<1024, 256>>>(a.data, dtype, kSets * m * k, 1);
+  Fill<<<1024, 256>>>(b.data, dtype, kSets * n * k, 2);
   Fill<<<1024, 256>>>(bias.data, dtype, n, 3);
-  const dim3 grid(static_cast<unsigned>((n + 127) / 128), static_cast<unsigned>(m));
-  Reference<<<grid, 128>>>(a.data, b.data, bias.data, dtype, static_cast<float*>(reference.data), m,
-                           n, k);
-  std::vector<float> expected(m * n);
-  Check(cudaMemcpy(expected.data(), reference.data, m * n * 4, cudaMemcpyDefault), "reference");
+  const dim3 grid(static_cast<unsigned>((n + 3) / 4), static_cast<unsigned>(rows));
+  Reference<<<grid, 128>>>(a.data, b.data, bias.data, dtype, static_cast<float*>(reference.data),
+                           step, n, k);
+  std::vector<float> expected(rows * n);
+  Check(cudaMemcpy(expected.data(), reference.data, rows * n * 4, cudaMemcpyDefault), "reference");
 
   fxfuse_problem problem = {};
   problem.m = m, problem.n = n, problem.k = k, problem.lda = k, problem.ldb = k;
   problem.input_dtype = dtype;
   problem.has_gemm = 1, problem.has_bias = 1;
-  problem.program.instruction_count = problem.program.output_count = 1;
-  problem.program.instruction[0] = Instruction(Opcode::relu, 0);
+  problem.program.operand_count = problem.program.output_count = 1;
+  problem.program.operand[0] = {0, 1, 1, m, dtype, 0};
   void* pointers[FXFUSE_PTR_COUNT] = {a.data, b.data, bias.data};
+  pointers[FXFUSE_PTR_OPERAND] = bias.data;
   pointers[FXFUSE_PTR_OUTPUT] = out.data;
 
-  for (int i = 0; i < AllPortableKernels().count; ++i) {
-    const PortableKernel& kernel = AllPortableKernels().kernel[i];
+  const PortableKernels all = AllPortableKernels();
+  for (const PortableKernel* next = all.kernel; next != all.kernel + all.count; ++next) {
+    const PortableKernel& kernel = *next;
     if (kernel.input_dtype != dtype) continue;
     const bool aligned = VectorAligned(nullptr, k, 2, dtype);
     if (!aligned && kernel.tile != TileKind::kRagged) continue;
     const int out_dtype = kernel.math == MathLevel::kExact ? int{FXFUSE_F32} : dtype;
     problem.program.output[0] = {n, out_dtype, 0};
+    int turn = 0;
     const auto call = [&] {
+      const int set = turn++ % kSets;
+      pointers[FXFUSE_PTR_A] = static_cast<char*>(a.data) + set * m * k * size;
+      pointers[FXFUSE_PTR_B] = static_cast<char*>(b.data) + set * n * k * size;
       if (LaunchPortable("tune", problem, pointers, kernel, nullptr) == FXFUSE_OK) return;
       fprintf(stderr, "%s\n", fxfuse_last_error());
       exit(1);
     };
-    Check(cudaMemset(out.data, 0xff, m * n * 4), "memset");
+    SetChain(kFiveOps, &problem.program);
+    const float five_ms = Time(call);
+    SetChain(kRelu, &problem.program);
     const float ms = Time(call);
+    Check(cudaMemset(out.data, 0xff, m * n * 4), "memset");
+    turn = 0;
+    call();
 
     std::vector<uint8_t> raw(m * n * DtypeSize(out_dtype));
     Check(cudaMemcpy(raw.data(), out.data, raw.size(), cudaMemcpyDefault), "result");
     double error = 0.0, norm = 0.0;
-    for (int64_t j = 0; j < m * n; ++j) {
+    for (int64_t i = 0; i < rows * n; ++i) {
+      const int64_t j = i / n * step * n + i % n;
       const float value =
           out_dtype == FXFUSE_F32
               ? reinterpret_cast<const float*>(raw.data())[j]
               : (out_dtype == FXFUSE_F16
                      ? __half2float(reinterpret_cast<const __half*>(raw.data())[j])
                      : __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(raw.data())[j]));
-      error += std::pow(value - double{expected[j]}, 2);
-      norm += std::pow(double{expected[j]}, 2);
+      error += std::pow(value - double{expected[i]}, 2);
+      norm += std::pow(double{expected[i]}, 2);
     }
-    printf("%6lld %6lld %6lld  %-36s %9.1f us %7.1f TFLOP/s  relative error %.2e\n",
+    printf("%6lld %6lld %6lld  %-36s %9.1f us %7.1f TFLOP/s  five ops %9.1f us  error %.1e\n",
            static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
-           kernel.name, ms * 1e3, 2e-9 * m * n * k / ms, std::sqrt(error / norm));
+           kernel.name, ms * 1e3, 2e-9 * m * n * k / ms, five_ms * 1e3, std::sqrt(error / norm));
   }
 }
 
@@ -156,17 +189,8 @@ void TunePointwise(int dtype, int64_t m, int64_t n) {
   program.operand[0] = {0, 1, 1, m, dtype, 0};
   program.output[0] = {n, dtype, 0};
 
-  const std::vector<std::vector<Opcode>> chains = {
-      {Opcode::copy},
-      {Opcode::add, Opcode::relu},
-      {Opcode::add, Opcode::silu, Opcode::tanh, Opcode::gelu, Opcode::clamp}};
-  for (const std::vector<Opcode>& chain : chains) {
-    program.instruction_count = static_cast<int32_t>(chain.size());
-    for (size_t i = 0; i < chain.size(); ++i) {
-      program.instruction[i] = Instruction(chain[i], i + 1 == chain.size() ? 0 : -1);
-      program.instruction[i].source[1] = FXFUSE_FROM_OPERAND;
-      program.instruction[i].immediate[0] = -1.0f, program.instruction[i].immediate[1] = 1.0f;
-    }
+  for (const std::vector<Opcode>& chain : {kRelu, kAddRelu, kFiveOps}) {
+    SetChain(chain, &program);
     int turn = 0;
     const float ms = Time([&] {
       void* pointers[FXFUSE_PTR_COUNT] = {};

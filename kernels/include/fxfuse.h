@@ -49,10 +49,10 @@ typedef enum {
 
 // Where an argument of an instruction comes from.
 typedef enum {
-  FXFUSE_FROM_PREVIOUS = 0,   // what the instruction before left (the accumulator, for the first)
-  FXFUSE_FROM_SLOT = 1,       // slot[index]
-  FXFUSE_FROM_OPERAND = 2,    // operand[index] at this element
-  FXFUSE_FROM_IMMEDIATE = 3   // immediate[index]
+  FXFUSE_FROM_PREVIOUS = 0,  // what the instruction before left (the accumulator, for the first)
+  FXFUSE_FROM_SLOT = 1,      // slot[index]
+  FXFUSE_FROM_OPERAND = 2,   // operand[index] at this element
+  FXFUSE_FROM_IMMEDIATE = 3  // immediate[index]
 } fxfuse_source;
 
 // result = opcode(arguments; immediates). The result is what the next instruction sees as
