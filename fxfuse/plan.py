@@ -100,16 +100,14 @@ def anchor_name(region: Region, node: fx.Node) -> str:
         weights = [str(a.target) for a in sources if a.op == "get_attr"]
         matrices = [w for w in weights if w.rpartition(".")[2] != "bias"]
         local = (matrices or weights or [node.name])[-1]
-        local = _linear_holding(region.module, local) or local
+        local = _module_holding(local) or local
     return f"{region.path}.{local}" if region.path else local
 
 
-def _linear_holding(root: nn.Module, weight: str) -> str | None:
-    """The path of the nn.Linear whose weight a path names, if it names one."""
+def _module_holding(weight: str) -> str | None:
+    """The path of the module whose `weight` a path names: a Linear, or one that works as one."""
     owner, _, name = weight.rpartition(".")
-    if name != "weight" or not owner:
-        return None
-    return owner if isinstance(root.get_submodule(owner), nn.Linear) else None
+    return owner if name == "weight" and owner else None
 
 
 def _refusal(region: Region, match: NoMatch) -> Refusal:
