@@ -97,18 +97,27 @@ def _choose(call: Call, result: Result, device: int) -> str:
     if any(size % 16 for size in rows_bytes):
         return "cublas"  # our kernels would have to copy in steps of two or four bytes
     rows, columns = rows_and_columns(result.acc_shape)
-    return preferred_route(torch.cuda.get_device_capability(device), rows, columns, x.shape[-1])
+    capability = torch.cuda.get_device_capability(device)
+    return preferred_route(capability, rows, columns, x.shape[-1], 8 * x.element_size())
 
 
-def preferred_route(capability: tuple[int, int], m: int, n: int, k: int) -> str:
-    """The faster of our portable GEMM and cuBLAS plus a pointwise kernel, as measured.
+def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: int = 16) -> str:
+    """The faster of our GEMM ("auto") and cuBLAS plus a pointwise kernel ("cublas").
 
-    From sm_90 on cuBLAS has instructions the portable kernel does without, and wins by more than
-    the second launch costs once the product is large; see benchmarks/.
+    bits: of the inputs, 32 for products in TF32. Below sm_90 always ours. On sm_90 the limits are
+    those of benchmarks/h200_routes.json, measured by scripts/bench_routes.py: ours wins where the
+    second launch weighs more than what cuBLAS's GEMM is faster by.
     """
-    if capability < (9, 0):
+    if capability[0] != 9:
         return "auto"
-    return "auto" if m * n * k <= 2**27 else "cublas"
+    if m <= 32:
+        return "auto"  # reading the weight is all there is to do
+    if bits == 32 or m < 128:
+        return "auto" if m * n * k <= 2**27 else "cublas"
+    few_tiles = -(-m // 128) * -(-n // 64) <= 64
+    if few_tiles and k >= 4 * n:
+        return "cublas"  # which divides K among the SMs that have no tile
+    return "auto" if m * n * k <= 2**34 else "cublas"
 
 
 def _launcher(

@@ -35,10 +35,19 @@ bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
          VectorAligned(b, problem.ldb, problem.n, problem.input_dtype);
 }
 
+// The Hopper route has no tile for a handful of rows, and more to set up than tiny problems take
+// (measured on an H200, scripts/bench_routes.py).
+bool PortableIsFaster(const fxfuse_problem& problem) {
+  constexpr int64_t kFewRows = 32;
+  constexpr double kTiny = 1 << 27;
+  return problem.m <= kFewRows || static_cast<double>(problem.m) * problem.n * problem.k <= kTiny;
+}
+
 fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* const* pointers,
                          const Device& device, Choice* choice) {
   const bool aligned = InputsAligned(problem, pointers);
-  if (problem.route == FXFUSE_ROUTE_AUTO || problem.route == FXFUSE_ROUTE_HOPPER) {
+  const bool automatic = problem.route == FXFUSE_ROUTE_AUTO && !PortableIsFaster(problem);
+  if (automatic || problem.route == FXFUSE_ROUTE_HOPPER) {
     choice->route = FXFUSE_ROUTE_HOPPER;
     choice->hopper = ChooseHopper(problem, aligned, device.limits);
     if (choice->hopper != nullptr) return FXFUSE_OK;

@@ -16,6 +16,8 @@
 #ifndef FXFUSE_CUDA_HOPPER_GEMM_CUH_
 #define FXFUSE_CUDA_HOPPER_GEMM_CUH_
 
+#include <type_traits>
+
 #include "hopper_kernels.h"
 #include "interpreter.cuh"
 #include "ptx_hopper.cuh"
@@ -38,7 +40,8 @@ struct HopperConfig {
 
   // The accumulator passes through shared memory, 16 rows by 64 columns for each warp at a time, so
   // that the program sees adjacent columns.
-  using Slab = SlabShape<64>;
+  // More values at a time would not fit into registers beside the accumulators that still wait.
+  using Slab = SlabShape<64, (kN < 256 ? 4 : 2)>;
   static constexpr int kSlabs = kN / Slab::kColumns;  // of a warp, one after the other
   static constexpr int kSlabBytes = Slab::kFloats * static_cast<int>(sizeof(float));
   static constexpr int kWarps = 8;
@@ -142,6 +145,28 @@ __device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, 
   wgmma_commit();
 }
 
+// Starts the accumulator with the bias, and returns whether there is one to start with. Lane l
+// holds columns 2 * (l % 4) and the next of every eight, of two rows.
+template <class Config>
+__device__ __forceinline__ bool LoadBias(const HopperArguments& arguments, int column0,
+                                         Accumulator<Config>& accumulator) {
+  if (arguments.bias == nullptr) return false;
+  const int columns = static_cast<int>(arguments.program.columns);
+  const int column = column0 + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < Config::kN / 8; ++j) {
+    uint32_t pair = 0;
+    if (column + 8 * j < columns) {  // columns are even, so the next one exists as well
+      pair = __ldg(reinterpret_cast<const uint32_t*>(arguments.bias) + (column + 8 * j) / 2);
+    }
+    constexpr bool kHalf = std::is_same<typename Config::Input, __half>::value;
+    const float2 values = kHalf ? UnpackF16(pair) : UnpackBf16(pair);
+    accumulator[4 * j] = accumulator[4 * j + 2] = values.x;
+    accumulator[4 * j + 1] = accumulator[4 * j + 3] = values.y;
+  }
+  return true;
+}
+
 // Tells every producer that fills slot `slot` here that this warpgroup is done with it.
 template <class Config>
 __device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, int slot) {
@@ -157,9 +182,10 @@ __device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, i
 
 // Runs the program over this warp's 16 rows of the tile, one slab at a time, and stores.
 template <class Config>
-__device__ __forceinline__ void RunEpilogue(const DeviceProgram& program,
+__device__ __forceinline__ void RunEpilogue(const HopperArguments& arguments,
                                             const Accumulator<Config>& accumulator, float* slab,
                                             int row, int column0) {
+  const DeviceProgram& program = arguments.program;
   using Slab = typename Config::Slab;
   const int lane = threadIdx.x % 32;
   if (row >= static_cast<int>(program.rows)) return;
@@ -188,7 +214,8 @@ __device__ __forceinline__ void RunEpilogue(const DeviceProgram& program,
     for (int turn = 0; turn < Slab::kTurns; ++turn) {
       float values[Slab::Fragment::kSize];
       const typename Slab::Fragment at = Slab::Read(slab, turn, row, column, values);
-      Interpreter<typename Slab::Fragment, typename Config::Math>::Run(program, at, values);
+      Interpreter<typename Slab::Fragment, typename Config::Math>::Run(program, at, values,
+                                                                       arguments.first);
     }
   }
 }
@@ -207,8 +234,9 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
 
     // Mainloop. One batch of multiply-adds is always queued behind the one that runs.
     Accumulator<Config> accumulator;
+    const bool biased = LoadBias<Config>(arguments, tile_n * Config::kN, accumulator);
     barrier_wait(barriers.Full(at.slot), at.parity);
-    MultiplyStage<Config>(accumulator, ring + at.slot * Config::kStageBytes, group, 0);
+    MultiplyStage<Config>(accumulator, ring + at.slot * Config::kStageBytes, group, biased);
     int previous = at.slot;
     at.Advance();
 #pragma unroll 1
@@ -226,7 +254,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
 
     // Epilogue and store.
     const int row = (tile_m * Config::kCluster + static_cast<int>(rank)) * Config::kM + warp * 16;
-    RunEpilogue<Config>(arguments.program, accumulator, slab, row, tile_n * Config::kN);
+    RunEpilogue<Config>(arguments, accumulator, slab, row, tile_n * Config::kN);
   }
 }
 

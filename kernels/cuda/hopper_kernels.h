@@ -14,6 +14,8 @@ struct HopperArguments {
   CUtensorMap b;             // B [N, K] in boxes of a tile's columns, divided by the cluster, by 64
   int32_t stages;            // of 64 along K
   int32_t tiles_m, tiles_n;  // tiles_m counts clusters of tiles
+  int32_t first;             // instruction the epilogue begins with: 1 where the mainloop adds bias
+  const void* bias;          // what the accumulators start with, in pairs; null for zeros
   DeviceProgram program;
 };
 static_assert(sizeof(HopperArguments) <= 4096, "the limit of kernel parameters");

@@ -13,18 +13,17 @@ namespace fxfuse {
 // Rows are divided into chunks of four floats. Chunk c of row r lies at c ^ 2 (r % 4) ^ (c / 8 %
 // 2): the first term keeps apart the four rows whose accumulators a half-warp writes at a time, the
 // second the even chunks that eight lanes read at a time.
-template <int kColumns_>
+template <int kColumns_, int kGroups_>
 struct SlabShape {
   static constexpr int kRows = 16;
   static constexpr int kColumns = kColumns_;
   static constexpr int kFloats = kRows * kColumns;
 
-  // A lane takes eight adjacent columns of every kRowStep-th row, two rows in a turn: more values
-  // at a time would not fit into registers beside the accumulators that still wait.
+  // A lane takes eight adjacent columns of every kRowStep-th row, kGroups rows in a turn.
   static constexpr int kWidth = 8;
   static constexpr int kLanesPerRow = kColumns / kWidth;
   static constexpr int kRowStep = 32 / kLanesPerRow;
-  static constexpr int kGroups = 2;
+  static constexpr int kGroups = kGroups_;
   static constexpr int kTurns = kRows / (kRowStep * kGroups);
   using Fragment = RowFragment<kWidth, kGroups>;
 
