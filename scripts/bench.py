@@ -268,7 +268,7 @@ def _contestants(case: Case, arguments: argparse.Namespace) -> list[str]:
     itself it races only where the figures are compared with it."""
     if arguments.contestants:
         return list(arguments.contestants)
-    skipped = arguments.device == "cuda" and case.dtype in ("float16", "high")
+    skipped = arguments.device == "cuda" and case.dtype != "bfloat16"
     return [c for c in CONTESTANTS if not (skipped and c == "compile-max")]
 
 
