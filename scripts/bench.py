@@ -28,6 +28,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.cli import DTYPES, bench_table, load_file
+from fxfuse.fused import fused_linear
 from fxfuse.timing import CONTESTANTS, Row, compare, host_seconds, matmul_precision, measure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,7 @@ MODELS = (
     "add_swish_tanh_gelu_hardtanh",
 )
 FULL_SIZE = (1024, 8192, 8192)
+RELU = "t1 = relu acc; store t1"
 ERROR_ROWS = 128
 
 
@@ -126,6 +128,7 @@ def host_overhead() -> dict[str, Any]:
     with torch.no_grad():
         seconds = {
             "functions_us": host_seconds(lambda: F.relu(F.linear(x, weight, bias))),
+            "fused_call_us": host_seconds(lambda: fused_linear(x, weight, bias, [], RELU)),
             "eager_us": host_seconds(lambda: model(x)),
             "fxfuse_us": host_seconds(lambda: optimized(x)),
         }
@@ -197,8 +200,9 @@ def _run_extras(arguments: argparse.Namespace, results: Results) -> None:
         with _reported("host overhead"):
             results.host_overhead = entry = host_overhead()
             print(
-                f"host time of one call: fxfuse {entry['fxfuse_us']:.1f} us, eager module "
-                f"{entry['eager_us']:.1f} us, F.linear + F.relu {entry['functions_us']:.1f} us"
+                f"host time: fused call {entry['fused_call_us']:.1f} us, F.linear + F.relu "
+                f"{entry['functions_us']:.1f} us; as modules: fxfuse {entry['fxfuse_us']:.1f} us, "
+                f"eager {entry['eager_us']:.1f} us"
             )
         with _reported("portable"):
             for shape in ((1024, 8192, 8192), (4096, 4096, 4096), (2048, 1024, 4096)):
