@@ -74,7 +74,7 @@ def _measured(group: GroupReport, call: Call, result: Result) -> GroupReport:
     after = (product or matrix) + extras + stored
     before = product + (matrix if k else 0)
     before += _eager_bytes(parse(group.as_written), matrix, call.operands)
-    return with_shape(group, Shape(m, n, k, before, after), tuple(kinds))
+    return with_shape(group, Shape(m, n, k, before, after, matrix), tuple(kinds))
 
 
 def _eager_bytes(program: Program, matrix: int, operands: Sequence[torch.Tensor]) -> int:

@@ -40,13 +40,14 @@ class OperandReport:
 class Shape:
     """Sizes of one call: rows M, columns N, depth K (0 without a GEMM); bytes moved by eager's
     kernels and by one fused kernel, each tensor counted once for every kernel that reads or writes
-    it."""
+    it; bytes of the product, which a call of two kernels writes and reads on top."""
 
     m: int
     n: int
     k: int
     bytes_before: int
     bytes_after: int
+    product_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,19 @@ class GroupReport:
 
     @property
     def launches_after(self) -> int:
-        """Kernels a call takes: by the routes seen so far, or 1 as planned."""
+        """Kernels a call takes by the routes seen so far. Before any call it is not known whether
+        one kernel will serve a GEMM group, and two are counted."""
         seen = [r.partition(":")[0] for r in self.routes]
-        return max((_ROUTE_LAUNCHES.get(r, self.launches_before) for r in seen), default=1)
+        planned = 2 if self.gemm else 1
+        return max((_ROUTE_LAUNCHES.get(r, self.launches_before) for r in seen), default=planned)
+
+    @property
+    def bytes_after(self) -> int | None:
+        """Bytes the kernels of a call move; a second kernel reads what the first one wrote."""
+        if self.shape is None:
+            return None
+        between = 2 * self.shape.product_bytes if self.gemm and self.launches_after > 1 else 0
+        return self.shape.bytes_after + between
 
 
 @dataclass(frozen=True)
@@ -120,14 +131,19 @@ class Report:
             },
             "bytes": {
                 "before": sum(s.bytes_before for s in known) if complete else None,
-                "after": sum(s.bytes_after for s in known) if complete else None,
+                "after": sum(g.bytes_after or 0 for g in self.groups) if complete else None,
             },
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; what `to_json` writes."""
         groups = [
-            asdict(g) | {"routes": list(g.routes), "launches_after": g.launches_after}
+            asdict(g)
+            | {
+                "routes": list(g.routes),
+                "launches_after": g.launches_after,
+                "bytes_after": g.bytes_after,
+            }
             for g in self.groups
         ]
         return {
