@@ -3,7 +3,8 @@
 // Persistent and warp-specialised: one producer thread keeps a ring of stages filled by bulk tensor
 // copies, also while two consumer warpgroups, each with 64 rows of the tile, run the epilogue. In a
 // cluster two blocks work on tiles one above the other; each fetches half of their common rows of B
-// and sends it to both.
+// and sends it to both. No kernel is built with a cluster at present: on an H200 it was no faster
+// at any shape tried (0.201 ms against 0.198 for 1024 x 8192 -> 8192, bf16).
 //
 // Why not one tile for each warpgroup, in turns, which would hide the epilogue: at full rate the
 // tensor cores of an SM take 64 x 256 x 16 multiply-adds in 128 cycles, for which they read 2 KB of
