@@ -30,6 +30,7 @@ from .routes import (
     fixed,
     flatten_rows,
     gemm_of,
+    pointwise_problem,
     pointwise_run,
     rows_and_columns,
     tf32_allowed,
@@ -58,18 +59,7 @@ def cuda_recipe(
     route = "cublas" if call.weight is None else _choose(call, result, device)
     if route != "cublas":
         return _gemm_recipe(call, result, lib, layouts, fixes, route)
-    rows, columns = rows_and_columns(result.acc_shape)
-    stride = columns if call.weight is not None else flatten_rows(call.x)[1]
-    problem = lib.problem(
-        call.program,
-        rows,
-        columns,
-        result.acc_dtype,
-        stride,
-        layouts,
-        result.dtypes,
-        route="pointwise",
-    )
+    problem = pointwise_problem(call, result, lib, layouts, "pointwise")
     launch = _launcher(lib, problem, device, " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"
     return Recipe(route, None, pointwise_run(call, result, fixes, launch))

@@ -29,6 +29,7 @@ from .library import (
     Library,
     OperandLayout,
     Pointers,
+    ProblemStruct,
 )
 
 Run = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", Tensors], list]
@@ -211,6 +212,28 @@ def in_place_output(result: Result) -> int | None:
     return None
 
 
+def pointwise_problem(
+    call: Call,
+    result: Result,
+    lib: Library,
+    layouts: Sequence[OperandLayout],
+    route: str = "auto",
+) -> ProblemStruct:
+    """The problem of running a call's program over a matrix: torch's product, or x itself."""
+    rows, columns = rows_and_columns(result.acc_shape)
+    stride = columns if call.weight is not None else flatten_rows(call.x)[1]
+    return lib.problem(
+        call.program,
+        rows,
+        columns,
+        result.acc_dtype,
+        stride,
+        layouts,
+        result.dtypes,
+        route=route,
+    )
+
+
 def pointwise_run(
     call: Call,
     result: Result,
@@ -260,11 +283,7 @@ def _cpu_recipe(
     layouts: Sequence[OperandLayout],
     fixes: Fixes,
 ) -> Recipe:
-    rows, columns = rows_and_columns(result.acc_shape)
-    stride = columns if call.weight is not None else flatten_rows(call.x)[1]
-    problem = lib.problem(
-        call.program, rows, columns, result.acc_dtype, stride, layouts, result.dtypes
-    )
+    problem = pointwise_problem(call, result, lib, layouts)
     entry, described = lib.handle.fxfuse_cpu_run, ctypes.byref(problem)
 
     def launch(pointers: ctypes.Array) -> None:

@@ -1,7 +1,6 @@
 #include "choose.h"
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "portable_tiles.h"
 
@@ -35,8 +34,6 @@ bool FitsAlignedTiles(const fxfuse_problem& problem, bool aligned) {
          problem.lda * element_bytes < kMaxPitch && problem.ldb * element_bytes < kMaxPitch;
 }
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t Cost(const PortableKernel& kernel, const fxfuse_problem& problem,
              const DeviceLimits& device) {
   const int64_t element_bytes = problem.input_dtype == FXFUSE_F32 ? 4 : 2;
@@ -52,43 +49,22 @@ int64_t Cost(const PortableKernel& kernel, const fxfuse_problem& problem,
 }  // namespace
 
 PortableKernels AllPortableKernels() {
-  struct Table {
-    PortableKernel kernel[kMaxPortableKernels];
-    int count = 0;
-    Table() {
-      for (const PortableKernels& some : {PortableBf16Fast(), PortableBf16Exact(),
-                                          PortableF16Half(), PortableF16Exact(), PortableTf32()}) {
-        for (int i = 0; i < some.count && count < kMaxPortableKernels; ++i) {
-          kernel[count++] = some.kernel[i];
-        }
-      }
-    }
-  };
-  static const Table table;
-  return {table.kernel, table.count};
+  static const KernelTable<PortableKernel, kMaxPortableKernels> table = {
+      PortableBf16Fast(), PortableBf16Exact(), PortableF16Half(), PortableF16Exact(),
+      PortableTf32()};
+  return table.List();
 }
 
 const PortableKernel* ChoosePortable(const fxfuse_problem& problem, bool aligned,
                                      const DeviceLimits& device) {
-  const MathLevel math = RequiredMath(problem.program);
-  const PortableKernels all = AllPortableKernels();
   const bool fits = FitsAlignedTiles(problem, aligned);
-  const PortableKernel* best = nullptr;
-  int64_t best_cost = 0;
-  for (int i = 0; i < all.count; ++i) {
-    const PortableKernel& kernel = all.kernel[i];
-    if (kernel.input_dtype != problem.input_dtype || kernel.math < math) continue;
-    if ((kernel.tile == TileKind::kRagged) == fits) continue;
-    if (kernel.shared_bytes > device.shared_bytes_per_block) continue;
-    const int64_t cost = Cost(kernel, problem, device);
-    // Of two exact enough, the cheaper arithmetic; of one arithmetic, the cheaper tile.
-    if (best == nullptr || kernel.math < best->math ||
-        (kernel.math == best->math && cost < best_cost)) {
-      best = &kernel;
-      best_cost = cost;
-    }
-  }
-  return best;
+  return BestKernel(
+      AllPortableKernels(), problem,
+      [&](const PortableKernel& kernel) {
+        return (kernel.tile == TileKind::kRagged) != fits &&
+               kernel.shared_bytes <= device.shared_bytes_per_block;
+      },
+      [&](const PortableKernel& kernel) { return Cost(kernel, problem, device); });
 }
 
 }  // namespace fxfuse

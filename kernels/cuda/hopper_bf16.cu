@@ -1,28 +1,14 @@
 // bf16 inputs.
 
-#include "hopper_gemm.cuh"
-#include "math_device.cuh"
+#include "hopper_instances.cuh"
 
 namespace fxfuse {
-namespace {
-
-using Input = __nv_bfloat16;
-template <int kN, int kStages>
-using Fast = HopperConfig<Input, DeviceFastMath, kN, kStages, 1>;
-template <int kN, int kStages>
-using Exact = HopperConfig<Input, DeviceMath, kN, kStages, 1>;
-
-}  // namespace
 
 HopperKernels HopperBf16() {
-  constexpr int32_t kDtype = FXFUSE_BF16;
-  static const HopperKernel kernels[] = {
-      DescribeHopper<Fast<256, 4>>("hopper_bf16_128x256x64", kDtype, MathLevel::kFast),
-      DescribeHopper<Fast<128, 6>>("hopper_bf16_128x128x64", kDtype, MathLevel::kFast),
-      DescribeHopper<Fast<64, 8>>("hopper_bf16_128x64x64", kDtype, MathLevel::kFast),
-      DescribeHopper<Exact<128, 6>>("hopper_bf16_128x128x64_f32", kDtype, MathLevel::kExact),
-  };
-  return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
+  return InstantiateHopper<__nv_bfloat16, DeviceFastMath>(
+      {"hopper_bf16_128x256x64", "hopper_bf16_128x128x64", "hopper_bf16_128x64x64",
+       "hopper_bf16_128x128x64_f32"},
+      FXFUSE_BF16, MathLevel::kFast);
 }
 
 }  // namespace fxfuse

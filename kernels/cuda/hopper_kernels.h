@@ -5,7 +5,7 @@
 
 #include <cuda.h>
 
-#include "device_program.h"
+#include "kernel_list.h"
 
 namespace fxfuse {
 
@@ -34,10 +34,7 @@ constexpr int kHopperThreads = 384;
 constexpr int kMaxHopperKernels = 24;
 
 // The instantiations, in hopper_*.cu.
-struct HopperKernels {
-  const HopperKernel* kernel;
-  int count;
-};
+using HopperKernels = KernelList<HopperKernel>;
 HopperKernels HopperBf16();
 HopperKernels HopperF16();
 

@@ -4,12 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <initializer_list>
 
 namespace fxfuse {
 namespace {
-
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The driver's encoder, found at run time so that the library loads where there is no driver.
 PFN_cuTensorMapEncodeTiled_v12000 FindEncoder() {
@@ -94,40 +91,16 @@ cudaLaunchConfig_t Configure(const HopperKernel& kernel, int blocks, void* strea
 }  // namespace
 
 HopperKernels AllHopperKernels() {
-  struct Table {
-    HopperKernel kernel[kMaxHopperKernels];
-    int count = 0;
-    Table() {
-      for (const HopperKernels& some : {HopperBf16(), HopperF16()}) {
-        for (int i = 0; i < some.count && count < kMaxHopperKernels; ++i) {
-          kernel[count++] = some.kernel[i];
-        }
-      }
-    }
-  };
-  static const Table table;
-  return {table.kernel, table.count};
+  static const KernelTable<HopperKernel, kMaxHopperKernels> table = {HopperBf16(), HopperF16()};
+  return table.List();
 }
 
 const HopperKernel* ChooseHopper(const fxfuse_problem& problem, bool aligned,
                                  const DeviceLimits& device) {
   if (!device.hopper || !aligned || problem.k == 0) return nullptr;
-  const MathLevel math = RequiredMath(problem.program);
-  const HopperKernels all = AllHopperKernels();
-  const HopperKernel* best = nullptr;
-  int64_t best_cost = 0;
-  for (int i = 0; i < all.count; ++i) {
-    const HopperKernel& kernel = all.kernel[i];
-    if (kernel.input_dtype != problem.input_dtype || kernel.math < math) continue;
-    const int64_t cost = Cost(kernel, problem, device);
-    // Of two exact enough, the cheaper arithmetic; of one arithmetic, the cheaper tile.
-    if (best == nullptr || kernel.math < best->math ||
-        (kernel.math == best->math && cost < best_cost)) {
-      best = &kernel;
-      best_cost = cost;
-    }
-  }
-  return best;
+  return BestKernel(
+      AllHopperKernels(), problem, [](const HopperKernel&) { return true; },
+      [&](const HopperKernel& kernel) { return Cost(kernel, problem, device); });
 }
 
 fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {

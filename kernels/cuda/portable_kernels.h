@@ -3,7 +3,7 @@
 #ifndef FXFUSE_CUDA_PORTABLE_KERNELS_H_
 #define FXFUSE_CUDA_PORTABLE_KERNELS_H_
 
-#include "device_program.h"
+#include "kernel_list.h"
 
 namespace fxfuse {
 
@@ -37,10 +37,7 @@ struct PortableKernel {
 constexpr int kMaxPortableKernels = 32;
 
 // The instantiations, in portable_*.cu: the compiler works on several files at once.
-struct PortableKernels {
-  const PortableKernel* kernel;
-  int count;
-};
+using PortableKernels = KernelList<PortableKernel>;
 PortableKernels PortableBf16Fast();
 PortableKernels PortableBf16Exact();
 PortableKernels PortableF16Half();
