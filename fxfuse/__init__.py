@@ -15,6 +15,7 @@ from .errors import (
     OperandShapeError,
     ProgramError,
 )
+from .freeze import freeze, unfreeze
 from .report import Report, report
 from .verify import Verification, verify
 
@@ -31,8 +32,10 @@ __all__ = [
     "ProgramError",
     "Report",
     "Verification",
+    "freeze",
     "fused",
     "optimize",
     "report",
+    "unfreeze",
     "verify",
 ]

@@ -13,17 +13,11 @@ from . import library
 from .capture import Capture, capture
 from .clone import replace_children
 from .errors import InputError, LibraryError, NotFusedError
-from .module import build_module
+from .freeze import freeze as freeze_weights
+from .module import REPORT, build_module, mark_weights
 from .observe import observe
 from .plan import Refusal, RegionPlan, plan_region, untraced_refusals
-from .report import (
-    ATTRIBUTE,
-    Report,
-    describe_groups,
-    list_nodes,
-    nested_reports,
-    with_nested,
-)
+from .report import Report, describe_groups, list_nodes, nested_reports, with_nested
 from .rewrite import rewrite_region
 
 
@@ -38,18 +32,20 @@ def optimize(
 
     model: any nn.Module; it is left as it was, and its parameters and buffers are the result's,
     the same objects under the same names. example_inputs: the arguments of a call (or its one
-    tensor); they only tell the report shapes. freeze: accepted for the time being, without effect.
-    strict: raise NotFusedError, naming the Linear and the reason, where one is not fused, and
-    LibraryError where a kernel library is missing.
+    tensor); they only tell the report shapes. freeze: promise that the weights stay as they are,
+    which `fxfuse.freeze` explains. strict: raise NotFusedError, naming the Linear and the reason,
+    where one is not fused, and LibraryError where a kernel library is missing.
 
     Returns a torch.fx.GraphModule that is also an instance of the model's class. Where the model's
     own forward cannot be traced, a copy of the model in which every traceable part is optimised.
     A module that is optimised already is returned as it is. Raises InputError for arguments of
-    other types and for a model on more than one device, OperandShapeError where example_inputs
-    show that an operand does not broadcast.
+    other types, for a model on more than one device and, with freeze, for weights it cannot freeze;
+    OperandShapeError where example_inputs show that an operand does not broadcast.
     """
     inputs = _check(model, example_inputs)
-    if isinstance(model.__dict__.get(ATTRIBUTE), Report):
+    if isinstance(model.__dict__.get(REPORT), Report):
+        if freeze:
+            freeze_weights(model)
         return model  # type: ignore[return-value]
     nested = nested_reports(model)
     captured = capture(model)
@@ -73,7 +69,11 @@ def optimize(
     found = with_nested(_report_after(found, plans), nested)
     if inputs is not None:
         found = observe(root, inputs, found)
-    root.__dict__[ATTRIBUTE] = found
+    root.__dict__[REPORT] = found
+    for part in root.modules():  # one that was optimised and frozen before is a copy here
+        mark_weights(part)
+    if freeze:
+        freeze_weights(root)
     return root  # type: ignore[return-value]
 
 

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_aggregate
 
+from . import frozen
+
+# Attributes of optimised modules: the report, on the one `optimize` returned; and the paths of
+# the weights that are frozen, on each that has any. Plain data, which copies and pickles keep.
+REPORT = "_fxfuse_report"
+FROZEN = "_fxfuse_frozen"
 _KEPT_META = ("source", "module_path")
 
 
@@ -48,6 +55,11 @@ class FusedModule:
         replica.__dict__["_is_replica"] = True
         return replica
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)  # type: ignore[misc]
+        mark_weights(self)  # torch may have put new parameters in the place of the old
+        return result
+
     def __str__(self) -> str:
         return self.original_class.__str__(self)
 
@@ -55,6 +67,7 @@ class FusedModule:
         new = _allocate(self.original_class)
         new.__dict__.update(self.__dict__)
         _install(new, copy.deepcopy(self.__dict__["_graph"]))
+        mark_weights(new)
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -64,6 +77,7 @@ class FusedModule:
             if name != "_graph":
                 new.__dict__[name] = copy.deepcopy(item, memo)
         _install(new, copy.deepcopy(self.__dict__["_graph"]))
+        mark_weights(new)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -83,6 +97,25 @@ class FusedModule:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.original_class.__setstate__(self, state["attributes"])  # type: ignore[arg-type]
         _install(self, unpack_graph(state["graph"]))
+        mark_weights(self)
+
+
+def mark_weights(module: Any, _: object = None) -> None:
+    """Mark the weights of a frozen module that are in place now; also its hook of loading."""
+    for _path, owner, name in find_places(module, module.__dict__.get(FROZEN, ())):
+        frozen.mark(owner, name)
+
+
+def find_places(module: Any, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """`(path, owner, name)` for each path of a tensor in `module` whose owner is there."""
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        try:
+            found = module.get_submodule(owner)
+        except AttributeError:  # it was taken out of the module
+            continue
+        if "_parameters" in vars(found):  # in a cycle of modules, one may not be unpickled yet
+            yield path, found, name
 
 
 class _Delegate:

@@ -14,14 +14,15 @@ from torch import fx, nn
 from .anchors import LinearCall
 from .capture import Leaf
 from .errors import InputError
+from .freeze import Weights, count_weights
 from .fused import routes_taken
 from .groups import CLAIMED
+from .module import REPORT
 from .patterns import Attribute
 from .plan import Refusal, RegionPlan, source_name
 from .program import parse
 from .rewrite import site_of
 
-ATTRIBUTE = "_fxfuse_report"
 _LISTED_NODES = 40
 # Kernels a group takes on each route: torch's GEMM runs the product where ours does not.
 _ROUTE_LAUNCHES = {"cpu": 2, "cublas": 2, "portable": 1, "hopper": 1, "pointwise": 1}
@@ -104,7 +105,10 @@ class NodeRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `optimize` did to a model. `print(report)` shows it as tables."""
+    """Everything `optimize` did to a model. `print(report)` shows it as tables.
+
+    weights: as they are frozen at the moment `report` is asked.
+    """
 
     model: str
     groups: tuple[GroupReport, ...]
@@ -113,6 +117,7 @@ class Report:
     nodes_before: tuple[NodeRow, ...] = field(repr=False)
     nodes_after: tuple[NodeRow, ...] = field(repr=False)
     shapes_unknown: str | None = None
+    weights: Weights = field(default_factory=Weights)
 
     @property
     def totals(self) -> dict[str, dict[str, int | None]]:
@@ -152,6 +157,7 @@ class Report:
             "refusals": [asdict(r) for r in self.refusals],
             "leaves": [asdict(leaf) for leaf in self.leaves],
             "totals": self.totals,
+            "weights": asdict(self.weights),
             "shapes_unknown": self.shapes_unknown,
             "nodes_before": [asdict(n) for n in self.nodes_before],
             "nodes_after": [asdict(n) for n in self.nodes_after],
@@ -167,17 +173,17 @@ class Report:
 
 def report(optimized: nn.Module) -> Report:
     """The report of a module `optimize` returned. Raises InputError for any other object."""
-    found = optimized.__dict__.get(ATTRIBUTE) if isinstance(optimized, nn.Module) else None
+    found = optimized.__dict__.get(REPORT) if isinstance(optimized, nn.Module) else None
     if not isinstance(found, Report):
         raise InputError(
             f"report: {type(optimized).__name__} is not a module returned by fxfuse.optimize"
         )
-    return found
+    return replace(found, weights=count_weights(optimized))
 
 
 def nested_reports(model: nn.Module) -> dict[str, Report]:
     """The reports of the parts of a model that were optimised before, by their paths."""
-    found = {name: m.__dict__.get(ATTRIBUTE) for name, m in model.named_modules() if name}
+    found = {name: m.__dict__.get(REPORT) for name, m in model.named_modules() if name}
     return {name: r for name, r in found.items() if isinstance(r, Report)}
 
 
@@ -312,6 +318,7 @@ def _sections(report: Report) -> list[str]:
         leaves = [(leaf.path or "(root)", leaf.type_name, leaf.reason) for leaf in report.leaves]
         sections.append("Not traced\n" + tabulate(leaves, ("module", "type", "because")))
     sections.append("Totals of the fused groups\n" + _totals_table(report))
+    sections.append(_weights_line(report.weights))
     if report.shapes_unknown:
         sections.append(f"Not all shapes are known: {report.shapes_unknown}")
     return sections
@@ -353,7 +360,7 @@ def _totals_table(report: Report) -> str:
     def spell(name: str, count: int | None) -> str:
         if count is None:
             return "?"
-        return f"{count / 1e6:.1f} MB" if name == "bytes" else str(count)
+        return _megabytes(count) if name == "bytes" else str(count)
 
     names = {"nodes": "graph nodes", "launches": "kernel launches", "bytes": "bytes moved"}
     rows = [
@@ -361,3 +368,21 @@ def _totals_table(report: Report) -> str:
         for name, t in report.totals.items()
     ]
     return tabulate(rows, ("", "before", "after"), disable_numparse=True)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _weights_line(weights: Weights) -> str:
+    if not weights.total:
+        return ""
+    text = f"Weights of the fused groups: {weights.total}, "
+    if not weights.frozen:
+        return text + "not frozen"
+    if weights.frozen < weights.total:
+        return text + (
+            f"{weights.frozen} of them frozen ({_megabytes(weights.kept_bytes)} kept); "
+            "fxfuse.freeze freezes the others"
+        )
+    return text + f"frozen ({_megabytes(weights.kept_bytes)} kept)"

@@ -175,12 +175,6 @@ def test_an_operand_that_does_not_broadcast():
         check_broadcast_error(error, line)
 
 
-def test_freeze_is_accepted():
-    model = Net()
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(fxfuse.optimize(model, freeze=True)(x), model(x))
-
-
 def test_a_root_that_cannot_be_traced_is_optimised_in_part():
     model = Branching()
     result = fxfuse.optimize(model, torch.randn(3, 4))

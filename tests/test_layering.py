@@ -13,10 +13,10 @@ KERNELS = PACKAGE.parent / "kernels"
 
 # Each module may import those before it.
 ORDER = """
-ambient clone errors module ops proxies timing cli program traits verify __main__ lower
+ambient clone errors frozen module ops proxies timing cli program traits verify __main__ lower
 reference simplify spellings tracer capture library patterns graphs layout transparent
-anchors infer groups routes cuda match recipes plan torch_ops fused rewrite report observe
-api
+anchors infer groups routes cuda match recipes plan torch_ops fused rewrite freeze report
+observe api
 """.split()  # noqa: SIM905
 # Imported where it is needed only: the CUDA routes register themselves with nobody.
 LATE = {("routes", "cuda")}
