@@ -23,7 +23,7 @@ from .lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, lower
 from .ops import KERNEL_OPS, OPS
 from .program import Program
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3}
 STATUS_UNSUPPORTED = 2
@@ -98,6 +98,24 @@ class ProblemStruct(ctypes.Structure):
         ("has_bias", ctypes.c_int32),
         ("route", ctypes.c_int32),
         ("program", ProgramStruct),
+    )
+
+
+class SplitStruct(ctypes.Structure):
+    """fxfuse_split."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
+        ("plane_stride", ctypes.c_int64),
+        ("planes", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("source", ctypes.c_void_p),
+        ("plane", ctypes.c_void_p),
+        ("root", ctypes.c_void_p),
+        ("special", ctypes.c_void_p),
     )
 
 

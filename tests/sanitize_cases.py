@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fxfuse import library
 from fxfuse.errors import LibraryError
 from fxfuse.fused import forced_route, fused_linear, fused_pointwise
+from fxfuse.split import split, split_reference
 
 # The second chain keeps a slot, reads every operand kind and stores twice.
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
@@ -83,6 +84,22 @@ def pointwise_cases() -> Iterator[tuple[str, bool]]:
             yield f"pointwise {dtype} {m}x{n} cast", right
 
 
+def split_cases() -> Iterator[tuple[str, bool]]:
+    """Rows in registers, rows read twice and turned tiles; each beside a matrix of few columns."""
+    for planes, (m, k) in itertools.product((1, 2), ((3, 40000), (130, 264), (67, 33), (9, 9001))):
+        for turned in (False, True):
+            shape = (k, m + 1) if turned else (m, k + 1)
+            wide = randn(*shape, dtype=torch.float32)[:, 1:]
+            matrices = wide.t() if turned else wide, randn(m, 24, dtype=torch.float32)
+            pairs = zip(split(*matrices, planes=planes), matrices, strict=True)
+            right = True
+            for found, matrix in pairs:
+                expected = split_reference(matrix, planes)
+                right &= torch.equal(found.plane, expected.plane)
+                right &= torch.equal(found.root, expected.root)
+            yield f"split {planes} planes {m}x{k} turned {turned}", right
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("skipped: torch sees no CUDA device")
@@ -93,7 +110,7 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     passed, wrong = 0, []
-    for name, right in itertools.chain(gemm_cases(), pointwise_cases()):
+    for name, right in itertools.chain(gemm_cases(), pointwise_cases(), split_cases()):
         passed += right
         if not right:
             wrong.append(name)

@@ -14,7 +14,7 @@ KERNELS = PACKAGE.parent / "kernels"
 # Each module may import those before it.
 ORDER = """
 ambient clone errors frozen module ops proxies timing cli program traits verify __main__ lower
-reference simplify spellings tracer capture library patterns graphs layout transparent
+reference simplify spellings tracer capture library split patterns graphs layout transparent
 anchors infer groups routes cuda match recipes plan torch_ops fused rewrite freeze report
 observe api
 """.split()  # noqa: SIM905

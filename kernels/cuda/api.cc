@@ -9,6 +9,7 @@
 #include "device_program.h"
 #include "hopper_launch.h"
 #include "launch.h"
+#include "split.h"
 
 namespace fxfuse {
 namespace {
@@ -135,6 +136,16 @@ fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointe
     return fxfuse::LaunchHopper(kCall, *problem, pointers, device->limits, *choice.hopper, stream);
   }
   return fxfuse::LaunchPortable(kCall, *problem, pointers, *choice.portable, stream);
+}
+
+fxfuse_status fxfuse_cuda_split(const fxfuse_split* matrices, int count, void* stream) {
+  constexpr const char* kCall = "fxfuse_cuda_split";
+  fxfuse_status status = fxfuse::CheckSplit(kCall, matrices, count);
+  if (status != FXFUSE_OK) return status;
+  const fxfuse::Device* device;
+  status = fxfuse::CurrentDevice(kCall, &device);
+  if (status != FXFUSE_OK) return status;
+  return fxfuse::LaunchSplit(kCall, matrices, count, stream);
 }
 
 }  // extern "C"

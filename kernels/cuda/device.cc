@@ -7,6 +7,7 @@
 
 #include "common.h"
 #include "hopper_launch.h"
+#include "split.h"
 
 namespace fxfuse {
 namespace {
@@ -83,6 +84,7 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
   device->limits.hopper = major == 9 && minor == 0;
   fxfuse_status status = PreparePortable(call, device->limits);
   if (status == FXFUSE_OK && device->limits.hopper) status = PrepareHopper(call, &device->limits);
+  if (status == FXFUSE_OK) status = PrepareSplit(call);
   return status == FXFUSE_OK ? PreparePointwise(call, device) : status;
 }
 

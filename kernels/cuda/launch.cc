@@ -5,7 +5,6 @@
 #include "common.h"
 
 namespace fxfuse {
-namespace {
 
 fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
                      int threads, int shared_bytes, void* arguments, void* stream) {
@@ -21,8 +20,6 @@ fxfuse_status Launch(const char* call, const char* kernel, const void* function,
   return Fail(FXFUSE_RUNTIME_ERROR, "%s: launch of %s: %s", call, kernel,
               cudaGetErrorString(error));
 }
-
-}  // namespace
 
 fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit) {
   if (value <= limit) return FXFUSE_OK;

@@ -10,6 +10,11 @@ namespace fxfuse {
 // FXFUSE_UNSUPPORTED where `value` of `field` is above what the kernels count to.
 fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit);
 
+// Enqueues `blocks` blocks of a kernel that takes one struct, at `arguments`, on `stream` (a
+// cudaStream_t). Without effect on what cudaGetLastError says: a failure is told here.
+fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
+                     int threads, int shared_bytes, void* arguments, void* stream);
+
 // Each enqueues one kernel on `stream` (a cudaStream_t). The problem has passed CheckProblem, the
 // kernel can serve it, and neither m nor n is 0. `call` is the entry point to name in messages.
 fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,

@@ -26,12 +26,13 @@ extern "C" {
 #endif
 
 // Raised whenever a struct below or the meaning of a field changes.
-#define FXFUSE_ABI_VERSION 1
+#define FXFUSE_ABI_VERSION 2
 
 #define FXFUSE_MAX_INSTRUCTIONS 32
 #define FXFUSE_MAX_OPERANDS 8
 #define FXFUSE_MAX_OUTPUTS 4
 #define FXFUSE_MAX_SLOTS 4
+#define FXFUSE_MAX_SPLITS 2
 
 typedef enum {
   FXFUSE_OK = 0,
@@ -171,6 +172,34 @@ FXFUSE_API fxfuse_status fxfuse_cuda_choose(const fxfuse_problem* problem, int32
 // Enqueues a problem on `stream` (a cudaStream_t) of the current device.
 FXFUSE_API fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointers,
                                          void* stream);
+
+// An fp32 matrix S [rows, k] and where its fp16 planes go. Element (r, c) of S is
+//   source[r * row_stride + c * column_stride]
+// with strides in elements, one of them 1. With m the largest finite magnitude of row r and e the
+// even number for which m * 2^-e is in [2^13, 2^15) (0 for a row of zeros):
+//   root[r]     = 2^(e/2)
+//   hi[r, c]    = fp16(S[r, c] * 2^-e), but the smallest fp16 number of its sign for an element
+//                 other than 0 that would become 0
+//   lo[r, c]    = fp16(S[r, c] * 2^-e - hi[r, c]), 0 where S[r, c] is not finite; with planes = 2
+//   special[r]  = 1 where row r holds an infinity or a NaN, else 0
+// so that S = (hi + lo) * root * root, but for 2^-23 of an element or 2^-38 of its row's largest,
+// whichever is more. Infinities and NaNs stay what they are in hi. Where either row of a product is
+// special, only hi * hi gives its infinities and NaNs: lo has any sign, and is 0 where hi is not.
+typedef struct {
+  int64_t rows, k;
+  int64_t row_stride, column_stride;
+  int64_t plane_stride;  // a multiple of 8, k or more; columns from k on become 0
+  int32_t planes;        // 1: hi alone; 2: hi and lo
+  int32_t reserved;
+  const float* source;
+  void* plane;       // fp16 [planes, rows, plane_stride], at a multiple of 16 bytes
+  float* root;       // [rows]
+  int32_t* special;  // [rows], or null
+} fxfuse_split;
+
+// Enqueues the splitting of 1 to FXFUSE_MAX_SPLITS matrices on `stream` (a cudaStream_t) of the
+// current device: one launch for all those of column_stride 1.
+FXFUSE_API fxfuse_status fxfuse_cuda_split(const fxfuse_split* matrices, int count, void* stream);
 
 #ifdef __cplusplus
 }
