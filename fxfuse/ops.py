@@ -166,6 +166,44 @@ def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return cast
 
 
+def _gradient(name: str, reference: Callable[..., Any], **rest: Any) -> Op:
+    """What an activation makes of an incoming gradient; needs no spelling, `vjp` emits it."""
+    return Op(name, 2, reference, arguments=("grad", "input"), **rest)
+
+
+def _matched(backward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's own backward functions, which want their arguments alike."""
+
+    def reference(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.result_type(grad, x)
+        grad, x = torch.broadcast_tensors(grad.to(dtype), x.to(dtype))
+        return backward(grad.contiguous(), x.contiguous())
+
+    return reference
+
+
+def _silu_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, x)
+    gate = torch.sigmoid(x)  # silu_backward itself has no derivative
+    return grad * gate * (1 + x * (1 - gate))
+
+
+def _gelu_grad(approximate: str) -> Callable[..., torch.Tensor]:
+    def backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+
+    return _matched(backward)
+
+
+def _clamp_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return torch.where((x >= low) & (x <= high), grad, 0.0)
+
+
+def _threshold_grad(grad: torch.Tensor, x: torch.Tensor, limit: float) -> torch.Tensor:
+    return torch.where(x <= limit, 0.0, grad)
+
+
 _ROWS: tuple[Op, ...] = (
     Op("copy", 1, _same, range=_monotone(_same), modules=(nn.Identity,), aten=("alias", "clone")),
     # Dropout as it is in eval; `fused` splits the program around one that is active. `flag` is its
@@ -338,6 +376,12 @@ _ROWS: tuple[Op, ...] = (
         methods=("lerp",),
         aten=("lerp",),
     ),
+    # Gradients that would be long, or less accurate, as several instructions.
+    _gradient("gelu_grad", _gelu_grad("none")),
+    _gradient("gelu_tanh_grad", _gelu_grad("tanh")),
+    _gradient("silu_grad", _matched(_silu_grad)),
+    _gradient("clamp_grad", _clamp_grad, params=("min", "max"), defaults=(-INF, INF)),
+    _gradient("threshold_grad", _threshold_grad, params=("threshold",), defaults=(0.0,)),
 )
 
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}

@@ -293,6 +293,17 @@ struct HostMath {
   static FXFUSE_HD float sigmoid(float x) { return 1.0f / OnePlusExp(-x); }
   // x * sigmoid(y)
   static FXFUSE_HD float times_sigmoid(float x, float y) { return x / OnePlusExp(-y); }
+  static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
+    const float a = abs(x);
+    const ExpParts parts = SplitExp(AtLeast(-a, -89.0f));
+    // In double from here on: what follows adds both to others, and their rounding would show.
+    const double power = BitCast<double>(static_cast<int64_t>(parts.exponent + 1023) << 52);
+    const double e = power + power * parts.fraction();
+    const double quotient = 1.0 / (1.0 + e);
+    const float large = static_cast<float>(quotient);
+    const float small = a > 89.0f ? 0.0f : static_cast<float>(e * quotient);
+    return {x < 0.0f ? small : large, x < 0.0f ? large : small};
+  }
 
   // tanh(a) - a for 0 <= a < 1, relative fit error 2^-28 of tanh.
   static FXFUSE_HD float TanhTail(float a) {
@@ -321,19 +332,33 @@ struct HostMath {
     const float far = 1.0f - 2.0f * NormalTail(a * kSqrt2);
     return __builtin_copysignf(a < 1.0f ? near : far, x);
   }
-  // x Phi(x), Phi the normal distribution function.
-  static FXFUSE_HD float gelu(float x) {
-    // (Phi(x) - 1/2) / x in x^2, for |x| < 1, fit error 2^-32.
+  // (Phi(x) - 1/2) / x for |x| < 1, of u = x^2; Phi the normal distribution function. Fit error
+  // 2^-32.
+  static FXFUSE_HD float NormalCentre(float u) {
     constexpr float kCentre[] = {0.398942292f,   -0.0664903298f,  0.00997317117f,
                                  -0.0011859847f, 0.000113143644f, -7.53030554e-06f};
+    return Polynomial(u, kCentre);
+  }
+  // x Phi(x)
+  static FXFUSE_HD float gelu(float x) {
     const float a = abs(x);
     const float u = x * x;
-    const float near = u * Polynomial(u, kCentre) + 0.5f * x;
+    const float near = u * NormalCentre(u) + 0.5f * x;
     // x - x (1 - Phi(x)) on the right, where an infinite x must not meet a tail of zero.
     const float tail = NormalTail(a);
     const bool left = x < 0.0f;
     const float far = (left ? x : -AtMost(a, 15.0f)) * tail + (left ? 0.0f : x);
     return __builtin_copysignf(a < 1.0f ? near : far, x);
+  }
+  // Phi(x) + x phi(x), phi the normal density
+  static FXFUSE_HD float gelu_slope(float x) {
+    constexpr float kDensityAtZero = 0.398942280f;
+    const float a = abs(x);
+    const float u = x * x;
+    const float tail = NormalTail(a);
+    const float near = x * NormalCentre(u) + 0.5f;
+    const float far = x < 0.0f ? tail : 1.0f - tail;
+    return (a < 1.0f ? near : far) + x * (kDensityAtZero * exp(-0.5f * u));
   }
   // log(1 + exp(x))
   static FXFUSE_HD float softplus(float x) { return AtLeast(x, 0.0f) + Log1pFinite(exp(-abs(x))); }

@@ -36,6 +36,11 @@ constexpr int kOpcodeCount = 0
     ;
 #undef FXFUSE_OP
 
+// A sigmoid s and 1 - s, neither taken from the other: both keep their relative accuracy.
+struct SigmoidPair {
+  float s, rest;
+};
+
 // Arguments in the order of opcodes.def: tensors first, then parameters.
 template <class M>
 struct Pointwise {
@@ -63,9 +68,7 @@ struct Pointwise {
   static FXFUSE_HD float gelu_tanh(float x) {
     // 0.5 x (1 + tanh(u)) = x sigmoid(2u), which keeps its relative accuracy where tanh(u) is
     // close to -1.
-    constexpr float kTwoBeta = 1.5957691216057308f;  // 2 sqrt(2 / pi)
-    constexpr float kCubic = 0.044715f * kTwoBeta;
-    return M::times_sigmoid(x, x * (kTwoBeta + kCubic * (x * x)));
+    return M::times_sigmoid(x, x * (kGeluTwoBeta + kGeluCubic * (x * x)));
   }
   static FXFUSE_HD float silu(float x) { return M::times_sigmoid(x, x); }
   static FXFUSE_HD float mish(float x) { return M::mish(x); }
@@ -148,6 +151,32 @@ struct Pointwise {
     const float difference = end - start;
     return M::abs(weight) < 0.5f ? start + weight * difference : end - difference * (1.0f - weight);
   }
+
+  // Gradients.
+  static FXFUSE_HD float gelu_grad(float grad, float x) { return grad * M::gelu_slope(x); }
+  static FXFUSE_HD float gelu_tanh_grad(float grad, float x) {
+    const float u = x * x;
+    const float slope = kGeluTwoBeta + 3.0f * kGeluCubic * u;
+    return grad * GateSlope(x, x * (kGeluTwoBeta + kGeluCubic * u), slope);
+  }
+  static FXFUSE_HD float silu_grad(float grad, float x) { return grad * GateSlope(x, x, 1.0f); }
+  static FXFUSE_HD float clamp_grad(float grad, float x, float low, float high) {
+    return x >= low && x <= high ? grad : 0.0f;
+  }
+  static FXFUSE_HD float threshold_grad(float grad, float x, float limit) {
+    return x <= limit ? 0.0f : grad;
+  }
+
+ private:
+  // gelu_tanh(x) is x sigmoid(x (kGeluTwoBeta + kGeluCubic x^2)).
+  static constexpr float kGeluTwoBeta = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+  static constexpr float kGeluCubic = 0.044715f * kGeluTwoBeta;
+
+  // The slope of x sigmoid(y), given y': s + s (1 - s) x y'.
+  static FXFUSE_HD float GateSlope(float x, float y, float slope) {
+    const SigmoidPair gate = M::sigmoid_pair(y);
+    return gate.s + gate.s * (gate.rest * x) * slope;
+  }
 };
 
 // How the functors take what an interpreter has in hand, by arity and parameter count.
@@ -155,6 +184,8 @@ struct Pointwise {
 #define FXFUSE_ARGUMENTS_1_1 (a, p0)
 #define FXFUSE_ARGUMENTS_1_2 (a, p0, p1)
 #define FXFUSE_ARGUMENTS_2_0 (a, b)
+#define FXFUSE_ARGUMENTS_2_1 (a, b, p0)
+#define FXFUSE_ARGUMENTS_2_2 (a, b, p0, p1)
 #define FXFUSE_ARGUMENTS_3_0 (a, b, c)
 
 template <class M, Opcode op>

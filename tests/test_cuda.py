@@ -27,6 +27,7 @@ RELU = "t1 = relu acc; store t1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 PARAMS = {"threshold": (0.5, -2.0), "clamp": (-0.75, 1.5), "softplus": (2.0, 20.0)}
+PARAMS |= {"clamp_grad": (-0.75, 1.5)}
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,8 @@ def test_every_op(name, dtype):
     x = torch.cat([special, smooth]).to(dtype)
     y = torch.cat([other, randn(64, 27)]).to(dtype)
     z = torch.cat([other.flip(1), randn(64, 27)]).to(dtype)
+    if name.endswith("_grad"):  # infinity times a slope that is nearly zero, or zero
+        x = x.clamp(-6e4, 6e4)
     operands = [y, z][: OPS[name].arity - 1]
     if name == "where":
         operands, program = [y, z], "t1 = gt acc, 0.0; t2 = where t1, $0, $1; store t2"

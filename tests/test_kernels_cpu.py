@@ -34,6 +34,8 @@ PARAMS = {
     "hardshrink": (0.5,),
     "softshrink": (0.5,),
     "threshold": (0.1, 2.0),
+    "clamp_grad": (-1.0, 1.0),
+    "threshold_grad": (0.1,),
 }
 POSITIVE = {"log", "log2", "log10", "sqrt", "rsqrt", "pow"}
 EXTREMES = [0.0, 1e-45, 1e-40, 1.2e-38, 1e-30, 1e-8, 3e-4, 0.1, 0.5, 1.0, 1.5, 2.5, 3.0, 20.0]

@@ -21,6 +21,7 @@ namespace device_math {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kSqrtHalf = 0.70710678118654752f;
+constexpr float kDensityAtZero = 0.39894228040143268f;  // of the normal distribution
 
 // One special-function operation each; subnormal results become zero.
 static __device__ __forceinline__ float Ex2(float x) {
@@ -56,6 +57,11 @@ static __device__ __forceinline__ float OverOnePlus(float x, float e) {
   const float d = 1.0f + Min(e, 1.7e38f);
   const float r = Rcp(d);
   return x * fmaf(fmaf(-d, r, 1.0f), r, r);
+}
+
+// sigmoid(x) and 1 - sigmoid(x), given the smaller and the larger of them.
+static __device__ __forceinline__ SigmoidPair InOrder(float x, float small, float large) {
+  return x < 0.0f ? SigmoidPair{small, large} : SigmoidPair{large, small};
 }
 
 }  // namespace device_math
@@ -108,8 +114,17 @@ struct DeviceMath {
   static FXFUSE_HD float times_sigmoid(float x, float y) {
     return device_math::OverOnePlus(x, expf(-y));
   }
+  static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
+    const float e = expf(-fabsf(x));
+    const float large = device_math::OverOnePlus(1.0f, e);
+    return device_math::InOrder(x, e * large, large);
+  }
   static FXFUSE_HD float gelu(float x) {
     return 0.5f * x * (1.0f + erff(x * device_math::kSqrtHalf));
+  }
+  // Phi(x) + x phi(x), the normal distribution function and its density
+  static FXFUSE_HD float gelu_slope(float x) {
+    return normcdff(x) + x * (device_math::kDensityAtZero * expf(-0.5f * x * x));
   }
   // log(1 + exp(x))
   static FXFUSE_HD float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
@@ -164,6 +179,11 @@ struct DeviceHalfMath : DeviceMath {
     return device_math::Rcp(1.0f + device_math::Ex2(-device_math::kLog2E * x));
   }
   static FXFUSE_HD float times_sigmoid(float x, float y) { return x * sigmoid(y); }
+  static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
+    const float e = device_math::Ex2(-device_math::kLog2E * fabsf(x));
+    const float large = device_math::Rcp(1.0f + e);
+    return device_math::InOrder(x, e * large, large);
+  }
   static FXFUSE_HD float softplus(float x) {
     return fmaxf(x, 0.0f) + log1p(device_math::Ex2(-device_math::kLog2E * fabsf(x)));
   }
@@ -188,17 +208,31 @@ struct DeviceFastMath : DeviceHalfMath {
     q = fmaf(u, q, 1.12833643f);
     return device_math::Tanh(t * q);
   }
-  // x Phi(x), with Phi(-|x|) = t poly(t) exp(-x^2 / 2) / 2 and t = 1 / (1 + 0.3275911 |x| / sqrt 2)
-  // (Abramowitz and Stegun, 7.1.26: error of the product below 1.5e-7 exp(-x^2 / 2) or so).
+  // x Phi(x)
   static FXFUSE_HD float gelu(float x) {
+    const float tail = NormalTail(x, Bell(x));
+    return x > 0.0f ? x - fminf(x, 100.0f) * tail : x * tail;
+  }
+  // Phi(x) + x phi(x)
+  static FXFUSE_HD float gelu_slope(float x) {
+    const float bell = Bell(x);
+    const float tail = NormalTail(x, bell);
+    return fmaf(x, device_math::kDensityAtZero * bell, x > 0.0f ? 1.0f - tail : tail);
+  }
+
+ private:
+  static FXFUSE_HD float Bell(float x) {  // exp(-x^2 / 2)
+    return device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
+  }
+  // Phi(-|x|) = t poly(t) exp(-x^2 / 2) / 2 with t = 1 / (1 + 0.3275911 |x| / sqrt 2) (Abramowitz
+  // and Stegun, 7.1.26: error of the product below 1.5e-7 exp(-x^2 / 2) or so).
+  static FXFUSE_HD float NormalTail(float x, float bell) {
     const float t = device_math::Rcp(fmaf(fabsf(x), 0.23164189f, 1.0f));
     float p = fmaf(t, 0.530702715f, -0.726576013f);
     p = fmaf(t, p, 0.710706871f);
     p = fmaf(t, p, -0.142248368f);
     p = fmaf(t, p, 0.127414796f);
-    const float e = device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
-    const float phi = p * t * e;  // Phi(-|x|)
-    return x > 0.0f ? x - fminf(x, 100.0f) * phi : x * phi;
+    return p * t * bell;
   }
 };
 
