@@ -86,7 +86,8 @@ def _limit(what: str, count: int, limit: int) -> None:
 def _without_identities(
     program: Program,
 ) -> tuple[list[tuple[Value, Instruction]], tuple[Value, ...]]:
-    """Instructions with the value each defines; ops that return their argument are gone.
+    """Instructions with the value each defines; ops that return their argument are gone, and what
+    nothing but the second argument of a `like` read.
 
     The accumulator is fp32 already, so a cast to fp32 returns its argument, too.
     """
@@ -100,8 +101,12 @@ def _without_identities(
         alias[Value(index)] = Value(index)
         op = "copy" if instruction.op in _IDENTITIES else instruction.op
         kept.append((Value(index), replace(instruction, op=op, args=args)))
-    outputs = tuple(alias[v] for v in program.outputs)
-    return kept, tuple(v for v in outputs if isinstance(v, Value))
+    outputs = tuple(v for v in (alias[v] for v in program.outputs) if isinstance(v, Value))
+    needed = set(outputs)
+    for value, instruction in reversed(kept):
+        if value in needed:
+            needed.update(a for a in instruction.args if isinstance(a, Value))
+    return [(value, instruction) for value, instruction in kept if value in needed], outputs
 
 
 def _with_copies_for_stores(

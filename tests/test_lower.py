@@ -111,6 +111,11 @@ def test_identities_are_no_instructions() -> None:
     assert [s.op for s in steps] == ["exp"]
 
 
+def test_what_only_the_target_of_a_like_needs_is_not_computed() -> None:
+    steps = steps_of("t1 = exp acc; t2 = tanh acc; t3 = like t2, t1; store t3")
+    assert [s.op for s in steps] == ["tanh"]
+
+
 LIMITS = {
     "33 instructions, a kernel holds at most 32": "; ".join(
         f"t{i} = sin {'acc' if i == 1 else f't{i - 1}'}" for i in range(1, MAX_INSTRUCTIONS + 2)
