@@ -227,6 +227,7 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
     "hardsigmoid": (_of_hardsigmoid,),
     "hardswish": (_of_hardswish,),
     "clamp": (_of_clamp,),
+    "hardtanh": (lambda g, x, y, low, high: _inside(g, x, low, high),),
     "hardshrink": (_of_shrink,),
     "softshrink": (_of_shrink,),
     "tanhshrink": (lambda g, x, y: g * _square(x.emit("tanh", x)),),
@@ -296,4 +297,4 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
 
 def result_serves(op: str, params: tuple[float, ...]) -> bool:
     """Whether an op's rules give the same with its result in place of its argument."""
-    return op in ("relu", "relu6") or (op == "leaky_relu" and params[0] >= 0)
+    return op in ("relu", "relu6", "hardtanh") or (op == "leaky_relu" and params[0] >= 0)

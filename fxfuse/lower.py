@@ -20,6 +20,7 @@ MAX_OUTPUTS = 4
 MAX_SLOTS = 4
 
 _IDENTITIES = frozenset({"copy", "cast_f32", "dropout", "like", "view"})
+_SAME_FUNCTOR = {"hardtanh": "clamp"}
 
 
 class Source(enum.IntEnum):
@@ -99,7 +100,8 @@ def _without_identities(
             alias[Value(index)] = args[0]
             continue
         alias[Value(index)] = Value(index)
-        op = "copy" if instruction.op in _IDENTITIES else instruction.op
+        op = _SAME_FUNCTOR.get(instruction.op, instruction.op)
+        op = "copy" if op in _IDENTITIES else op
         kept.append((Value(index), replace(instruction, op=op, args=args)))
     outputs = tuple(v for v in (alias[v] for v in program.outputs) if isinstance(v, Value))
     needed = set(outputs)

@@ -276,6 +276,16 @@ _ROWS: tuple[Op, ...] = (
     _activation("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, range=UNIT),
     _activation("hardswish", F.hardswish, nn.Hardswish),
     Op("clamp", 1, _clamp, params=("min", "max"), defaults=(-INF, INF), range=_clamp_range),
+    # A clamp to the kernels. Its gradient is another: none at the bounds.
+    _activation(
+        "hardtanh",
+        F.hardtanh,
+        nn.Hardtanh,
+        params=("min_val", "max_val"),
+        defaults=(-1.0, 1.0),
+        range=_clamp_range,
+        kernel=False,
+    ),
     _activation(
         "hardshrink",
         F.hardshrink,

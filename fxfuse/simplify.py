@@ -83,7 +83,8 @@ class _Rewriter:
         if kind in (Kind.ACCUMULATOR, Kind.FLOATING) and _is_neutral(op, args[1:]):
             return first
         interval = self.interval(first)
-        bounds = {"clamp": instruction.params, "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+        bounds = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "clamp": instruction.params}
+        bounds["hardtanh"] = instruction.params
         if op in bounds and interval.within(*bounds[op]):
             spelled = f"{op}({', '.join(f'{p:g}' for p in instruction.params)})"
             self.notes.append(

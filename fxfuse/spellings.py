@@ -179,11 +179,6 @@ def _value(argument: Arg) -> Value:
     return argument
 
 
-def _renamed(emit: Emit, **names: str) -> Emit:
-    """`emit` under other argument names."""
-    return lambda to, a: emit(to, {names.get(k, k): v for k, v in a.items()})
-
-
 def _emit_addcmul(to: Emitter, a: Arguments) -> Value:
     first, scale = to.tensor(a["tensor1"]), number(a, "value")
     if scale != 1:  # in torch's order, which decides what overflows
@@ -248,11 +243,6 @@ _CUSTOM: dict[str, Spelling] = {
         Spelling("clamp", _CLAMP, _emit_clamp),
         Spelling("clamp_min", _signature("input min", max=None), _emit_clamp),
         Spelling("clamp_max", _signature("input max", min=None), _emit_clamp),
-        Spelling(
-            "hardtanh",
-            _signature("input", min_val=-1.0, max_val=1.0),
-            _renamed(_emit_clamp, min_val="min", max_val="max"),
-        ),
         Spelling("addcmul", _ADDC, _emit_addcmul),
         Spelling("addcdiv", _ADDC, _emit_addcdiv),
         Spelling("masked_fill", _signature("input mask value"), _emit_masked_fill),
@@ -274,7 +264,6 @@ _CUSTOM_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "clamp": (torch.clamp, torch.clip),
     "clamp_min": (torch.clamp_min,),
     "clamp_max": (torch.clamp_max,),
-    "hardtanh": (F.hardtanh,),
     "addcmul": (torch.addcmul,),
     "addcdiv": (torch.addcdiv,),
     "masked_fill": (torch.masked_fill,),
@@ -318,7 +307,7 @@ _CUSTOM_METHODS: dict[str, str] = {
     "fix": "trunc",
 }
 
-_CUSTOM_MODULES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.Hardtanh: "hardtanh"}
+_CUSTOM_MODULES: dict[type[nn.Module], str] = {nn.GELU: "gelu"}
 _CUSTOM_ATEN: tuple[str, ...] = (
     "add",
     "sub",
@@ -330,7 +319,7 @@ _CUSTOM_ATEN: tuple[str, ...] = (
     "clamp",
     "clamp_min",
 )
-_CUSTOM_ATEN += ("clamp_max", "hardtanh", "addcmul", "addcdiv", "masked_fill", "round")
+_CUSTOM_ATEN += ("clamp_max", "addcmul", "addcdiv", "masked_fill", "round")
 
 
 @functools.lru_cache(maxsize=1)

@@ -53,7 +53,7 @@ def random_program(draw: random.Random) -> Program:
         if name == "mul" and draw.random() < 0.3:
             args[1] = draw.choice(values)
         params = (draw.choice([-1.0, 0.0, -math.inf]), draw.choice([1.0, 6.0, math.inf]))
-        if name != "clamp":
+        if name not in ("clamp", "hardtanh"):
             params = tuple(draw.choice([0.5, 1.0, 2.0]) for _ in op.params)
         values.append(builder.emit(name, *args, params=params))
     assert not adds_truth_values(builder.instructions, 0)

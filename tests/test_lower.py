@@ -116,6 +116,11 @@ def test_what_only_the_target_of_a_like_needs_is_not_computed() -> None:
     assert [s.op for s in steps] == ["tanh"]
 
 
+def test_hardtanh_is_a_clamp() -> None:
+    (step,) = steps_of("t1 = hardtanh acc, -1.0, 2.0; store t1")
+    assert (step.op, step.immediates) == ("clamp", (-1.0, 2.0))
+
+
 LIMITS = {
     "33 instructions, a kernel holds at most 32": "; ".join(
         f"t{i} = sin {'acc' if i == 1 else f't{i - 1}'}" for i in range(1, MAX_INSTRUCTIONS + 2)

@@ -22,6 +22,10 @@ REWRITES = {
         "t1 = tanh acc; t2 = clamp t1, -1.0, 1.0; store t2",
         "t1 = tanh acc; store t1",
     ),
+    "hardtanh after tanh": (
+        "t1 = tanh acc; t2 = hardtanh t1, -1.0, 1.0; store t2",
+        "t1 = tanh acc; store t1",
+    ),
     "relu after sigmoid": (
         "t1 = sigmoid acc; t2 = relu t1; store t2",
         "t1 = sigmoid acc; store t1",
