@@ -295,13 +295,22 @@ struct HostMath {
   static FXFUSE_HD float times_sigmoid(float x, float y) { return x / OnePlusExp(-y); }
   static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
     const float a = abs(x);
-    const ExpParts parts = SplitExp(AtLeast(-a, -89.0f));
-    // In double from here on: what follows adds both to others, and their rounding would show.
-    const double power = BitCast<double>(static_cast<int64_t>(parts.exponent + 1023) << 52);
-    const double e = power + power * parts.fraction();
-    const double quotient = 1.0 / (1.0 + e);
-    const float large = static_cast<float>(quotient);
-    const float small = a > 89.0f ? 0.0f : static_cast<float>(e * quotient);
+    const ExpParts e = SplitExp(AtLeast(-a, -89.0f));
+    // Where the power is subnormal, or below, it is lost beside 1.
+    const float power = PowerOfTwo(e.exponent < -127 ? -127 : e.exponent);
+    const float whole = 1.0f + power;
+    const float rest = power * e.fraction();
+    const float sum = whole + rest;
+    const float quotient = 1.0f / sum;
+    // What rounding took from the sum and, where product and difference share one rounding, from
+    // the quotient.
+    const float lost = (1.0f - sum * quotient) - ((whole - sum) + rest) * quotient;
+    const float large = quotient + quotient * lost;
+    // large exp(-a), the power in two steps, since it may be subnormal.
+    const int32_t half = e.exponent >> 1;
+    const float product = (quotient + quotient * (e.fraction() + lost)) * PowerOfTwo(half) *
+                          PowerOfTwo(e.exponent - half);
+    const float small = a > 89.0f ? 0.0f : product;
     return {x < 0.0f ? small : large, x < 0.0f ? large : small};
   }
 
