@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from . import library
+from . import frozen, library
 from .infer import Call, Result, Tensors
 from .library import (
     POINTER_OPERAND,
     POINTER_OUTPUT,
+    POINTER_ROOTS,
     ROUTES,
     Gemm,
     Library,
@@ -35,6 +36,7 @@ from .routes import (
     rows_and_columns,
     tf32_allowed,
 )
+from .split import Planes, split
 
 _ROUTE_NAMES = {number: name for name, number in ROUTES.items()}
 
@@ -57,6 +59,8 @@ def cuda_recipe(
     if refusal is not None:
         raise NoKernel(refusal)
     route = "cublas" if call.weight is None else _choose(call, result, device)
+    if route == "high":
+        return _planes_recipe(call, result, lib, layouts, fixes)
     if route != "cublas":
         return _gemm_recipe(call, result, lib, layouts, fixes, route)
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")
@@ -67,47 +71,63 @@ def cuda_recipe(
 
 def _choose(call: Call, result: Result, device: int) -> str:
     """Who computes the product of a call: "cublas", or our kernels: "auto" leaves it to the library
-    which, "hopper" and "portable" (only where a measurement forces them) do not."""
+    which, "hopper" and "portable" (only where a measurement forces them) do not, "high" takes fp32
+    inputs as planes of fp16."""
     weight, x = call.weight, call.x
     assert weight is not None
+    inner, outer = (0, 1) if call.transposed else (1, 0)
     plain = (
-        not call.transposed
-        and weight.stride(-1) == 1
+        (weight.stride(1) == 1 or weight.shape[1] == 1)
         and weight.stride(0) >= weight.shape[1]
         and x.dtype == weight.dtype == result.acc_dtype
         and (call.bias is None or (call.bias.dtype == x.dtype and call.bias.is_contiguous()))
         and x.shape[-1] > 0
     )
-    tf32 = x.dtype == torch.float32 and tf32_allowed()
-    if not plain or (x.dtype == torch.float32 and not tf32):
+    if not plain or (x.dtype == torch.float32 and not tf32_allowed()):
+        return "cublas"
+    capability = torch.cuda.get_device_capability(device)
+    m, n = rows_and_columns(result.acc_shape)
+    assert (n, x.shape[-1]) == (weight.shape[outer], weight.shape[inner])
+    if x.dtype == torch.float32 and capability == (9, 0):
+        if FORCED:
+            return "high" if FORCED[-1] == "hopper" else FORCED[-1]
+        if prefers_planes(m, n, frozen.is_marked(weight)):
+            return "high"
+    if call.transposed and (x.dtype == torch.float32 or capability != (9, 0)):
         return "cublas"
     if FORCED:
         return FORCED[-1]
     rows_bytes = (flatten_rows(x)[1] * x.element_size(), weight.stride(0) * x.element_size())
     if any(size % 16 for size in rows_bytes):
         return "cublas"  # our kernels would have to copy in steps of two or four bytes
-    rows, columns = rows_and_columns(result.acc_shape)
-    capability = torch.cuda.get_device_capability(device)
-    return preferred_route(capability, rows, columns, x.shape[-1], 8 * x.element_size())
+    if call.transposed and m <= 32:
+        return "cublas"  # the kernels for few rows read [N, K] alone
+    return preferred_route(capability, m, n, x.shape[-1], 8 * x.element_size())
+
+
+def prefers_planes(m: int, n: int, frozen_weight: bool) -> bool:
+    """Whether an fp32 product in "high" precision is faster on planes than in cuBLAS's TF32.
+
+    Planes halve the time of the product and cost a read and half a write of either matrix; at the
+    rates of an H200 (4.1 TB/s; 390 TFLOP/s in TF32, 750 in fp16) that pays from so many rows of
+    the other on.
+    """
+    return n >= 768 and m >= (128 if frozen_weight else 768)
 
 
 def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: int = 16) -> str:
     """The faster of our GEMM ("auto") and cuBLAS plus a pointwise kernel ("cublas").
 
     bits: of the inputs, 32 for products in TF32. Below sm_90 always ours. On sm_90 the limits are
-    those of benchmarks/h200_routes.json, measured by scripts/bench_routes.py: ours wins where the
-    second launch weighs more than what cuBLAS's GEMM is faster by.
+    those of benchmarks/h200_routes.json, measured by scripts/bench_routes.py.
     """
     if capability[0] != 9:
         return "auto"
-    if m <= 32:
-        return "auto"  # reading the weight is all there is to do
-    if bits == 32 or m < 128:
-        return "auto" if m * n * k <= 2**27 else "cublas"
-    few_tiles = -(-m // 128) * -(-n // 64) <= 64
-    if few_tiles and k >= 4 * n:
-        return "cublas"  # which divides K among the SMs that have no tile
-    return "auto" if m * n * k <= 2**34 else "cublas"
+    if bits == 32:
+        return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
+    tiles = -(-m // 128) * -(-n // 128)
+    # Few tiles and a long K: cuBLAS divides K with less to add up.
+    return "cublas" if m >= 256 and tiles <= 64 and k >= 4 * n else "auto"
 
 
 def _launcher(
@@ -162,19 +182,81 @@ def _gemm_recipe(
         operands = fixed(operands, fixes)
         pointers = Pointers()
         pointers[0], pointers[1] = x.data_ptr(), weight.data_ptr()
-        if bias is not None:
-            pointers[2] = bias.data_ptr()
-        for index, operand in enumerate(operands):
-            pointers[POINTER_OPERAND + index] = operand.data_ptr()
-        outputs = []
-        for index, (shape, dtype) in described:
-            out = x.new_empty(shape, dtype=dtype)
-            pointers[POINTER_OUTPUT + index] = out.data_ptr()
-            outputs.append(out)
+        outputs = _fill(pointers, x, bias, operands, described)
         launch(pointers)
         return outputs
 
     return Recipe(chosen, None, run)
+
+
+def _fill(
+    pointers: ctypes.Array,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    operands: Tensors,
+    described: Sequence[tuple[int, tuple[tuple[int, ...], torch.dtype]]],
+) -> list[torch.Tensor]:
+    """Enter all addresses but those of A and B, and return the outputs, freshly allocated."""
+    if bias is not None:
+        pointers[2] = bias.data_ptr()
+    for index, operand in enumerate(operands):
+        pointers[POINTER_OPERAND + index] = operand.data_ptr()
+    outputs = []
+    for index, (shape, dtype) in described:
+        out = x.new_empty(shape, dtype=dtype)
+        pointers[POINTER_OUTPUT + index] = out.data_ptr()
+        outputs.append(out)
+    return outputs
+
+
+def _planes_recipe(
+    call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
+) -> Recipe:
+    """Two launches: fp32 inputs to planes of fp16, and their product with the chain."""
+    rows, columns = rows_and_columns(result.acc_shape)
+    copies, lda = flatten_rows(call.x)
+    k = call.x.shape[-1]
+    stride = -(-k // 8) * 8
+    bias_dtype = None if call.bias is None else call.bias.dtype
+    problem = lib.problem(
+        call.program,
+        rows,
+        columns,
+        torch.float16,
+        0,
+        layouts,
+        result.dtypes,
+        Gemm(k, stride, stride, bias_dtype, scaled=True),
+        route="hopper",
+    )
+    _chosen(lib, problem)
+    launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
+    described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
+    transposed = call.transposed
+
+    def planes_of(weight: torch.Tensor) -> Planes:
+        return split(weight.t() if transposed else weight, planes=1)[0]
+
+    def run(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
+    ) -> list:
+        assert weight is not None
+        x = x.contiguous() if copies else x
+        matrix = x.as_strided((rows, k), (lda, 1))
+        if frozen.is_marked(weight):
+            (a,) = split(matrix, planes=1)
+            b = frozen.prepared(weight, ("planes", 1, transposed), planes_of)
+        else:
+            a, b = split(matrix, weight.t() if transposed else weight, planes=1)
+        operands = fixed(operands, fixes)
+        pointers = Pointers()
+        pointers[0], pointers[1] = a.plane.data_ptr(), b.plane.data_ptr()
+        pointers[POINTER_ROOTS], pointers[POINTER_ROOTS + 1] = a.root.data_ptr(), b.root.data_ptr()
+        outputs = _fill(pointers, x, bias, operands, described)
+        launch(pointers)
+        return outputs
+
+    return Recipe("hopper-high", None, run)
 
 
 def _chosen(lib: Library, problem: library.ProblemStruct) -> tuple[str, str]:
@@ -192,7 +274,7 @@ def kernel_name(
     lib: Library, program: Program, m: int, n: int, k: int, dtype: torch.dtype, route: str = "auto"
 ) -> str:
     """The kernel a product [m, k] x [n, k] takes on the current device."""
-    gemm = Gemm(k, k, k, False)
+    gemm = Gemm(k, k, k, None)
     return _chosen(lib, lib.problem(program, m, n, dtype, 0, [], [dtype], gemm, route))[1]
 
 

@@ -29,7 +29,8 @@ ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3}
 STATUS_UNSUPPORTED = 2
 POINTER_OPERAND = 3
 POINTER_OUTPUT = POINTER_OPERAND + MAX_OPERANDS
-Pointers = ctypes.c_void_p * (POINTER_OUTPUT + MAX_OUTPUTS)
+POINTER_ROOTS = POINTER_OUTPUT + MAX_OUTPUTS
+Pointers = ctypes.c_void_p * (POINTER_ROOTS + 2)
 
 
 class InstructionStruct(ctypes.Structure):
@@ -96,7 +97,11 @@ class ProblemStruct(ctypes.Structure):
         ("input_dtype", ctypes.c_int32),
         ("has_gemm", ctypes.c_int32),
         ("has_bias", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("b_transposed", ctypes.c_int32),
+        ("scaled", ctypes.c_int32),
         ("route", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
         ("program", ProgramStruct),
     )
 
@@ -133,12 +138,18 @@ class OperandLayout:
 
 @dataclass(frozen=True)
 class Gemm:
-    """The product a CUDA problem begins with: A [M, K], B [N, K], row strides in elements."""
+    """The product a CUDA problem begins with: A [M, K], B [N, K] or, where `transposed`, [K, N].
+
+    lda, ldb: row strides in elements. bias: its dtype, or None. scaled: A and B are planes of fp16
+    as `split` makes them.
+    """
 
     k: int
     lda: int
     ldb: int
-    has_bias: bool
+    bias: torch.dtype | None
+    transposed: bool = False
+    scaled: bool = False
 
 
 class Library:
@@ -209,7 +220,9 @@ class Library:
         problem.route = ROUTES[route]
         if gemm is not None:
             problem.k, problem.lda, problem.ldb = gemm.k, gemm.lda, gemm.ldb
-            problem.has_gemm, problem.has_bias = 1, int(gemm.has_bias)
+            problem.has_gemm, problem.has_bias = 1, int(gemm.bias is not None)
+            problem.bias_dtype = DTYPES[gemm.bias or dtype]
+            problem.b_transposed, problem.scaled = int(gemm.transposed), int(gemm.scaled)
         steps = lower(program)
         out = problem.program
         out.instruction_count, out.operand_count = len(steps), len(operands)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import routes
+from . import frozen, routes
 from .infer import Call, Tensors, resolve_views
 from .program import parse
 from .routes import Recipe
@@ -88,7 +88,7 @@ def _signature(
         key += (tuple(map(tuple, static.views)),)
     if x.is_cuda:
         if x.dtype == torch.float32:
-            key += (routes.tf32_allowed(),)
+            key += (routes.tf32_allowed(), weight is not None and frozen.is_marked(weight))
         if weight is not None and weight.is_neg():
             key += ("weight",)
         if bias is not None and bias.is_neg():

@@ -25,7 +25,14 @@ from .rewrite import site_of
 
 _LISTED_NODES = 40
 # Kernels a group takes on each route: torch's GEMM runs the product where ours does not.
-_ROUTE_LAUNCHES = {"cpu": 2, "cublas": 2, "portable": 1, "hopper": 1, "pointwise": 1}
+_ROUTE_LAUNCHES = {
+    "cpu": 2,
+    "cublas": 2,
+    "portable": 1,
+    "hopper": 1,
+    "hopper-high": 2,
+    "pointwise": 1,
+}
 
 
 @dataclass(frozen=True)

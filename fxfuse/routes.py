@@ -305,4 +305,5 @@ def tf32_allowed() -> bool:
 def gemm_of(call: Call, lda: int) -> Gemm:
     """The product of a call whose x [M, K] and weight [N, K] the kernels can read."""
     assert call.weight is not None
-    return Gemm(call.x.shape[-1], lda, call.weight.stride(0), call.bias is not None)
+    bias = None if call.bias is None else call.bias.dtype
+    return Gemm(call.x.shape[-1], lda, call.weight.stride(0), bias, call.transposed)

@@ -19,6 +19,7 @@ from .library import SplitStruct
 
 MAX_SPLITS = 2
 _ALIGNMENT = 8  # columns: a row of a plane starts at a multiple of 16 bytes
+_ROOM = 31  # rows behind the last that may be read
 _SMALLEST_HALF = 2.0**-24
 
 
@@ -26,7 +27,8 @@ _SMALLEST_HALF = 2.0**-24
 class Planes:
     """fp16 planes of a matrix [rows, k]: plane.sum(0)[:, :k] * root[:, None] ** 2 is the matrix.
 
-    plane: fp16 [planes, rows, plane_stride]; columns from k on are 0. root: fp32 [rows], powers of
+    plane: fp16 [planes, rows, plane_stride]; columns from k on are 0, and room for 31 more rows
+    follows, because kernels read rows by 32. root: fp32 [rows], powers of
     two. special: int32 [rows], 1 where a row holds an infinity or a NaN; the first plane has them
     as they are, the second has 0 there.
     """
@@ -89,8 +91,9 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 def _empty(matrix: torch.Tensor, planes: int) -> Planes:
     rows, k = matrix.shape
     stride = -(-k // _ALIGNMENT) * _ALIGNMENT
+    room = matrix.new_empty((planes * rows + _ROOM, stride), dtype=torch.float16)
     return Planes(
-        plane=matrix.new_empty((planes, rows, stride), dtype=torch.float16),
+        plane=room[: planes * rows].view(planes, rows, stride),
         root=matrix.new_empty(rows),
         special=matrix.new_empty(rows, dtype=torch.int32),
         k=k,

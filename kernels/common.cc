@@ -87,6 +87,7 @@ class Checker {
     if (p.route < FXFUSE_ROUTE_AUTO || p.route > FXFUSE_ROUTE_HOPPER) {
       return BadRange("route", p.route, FXFUSE_ROUTE_AUTO, FXFUSE_ROUTE_HOPPER);
     }
+    if (p.tile < 0) return Bad("tile", p.tile, "0 or more");
     if (!p.has_gemm) {
       if (p.has_bias) return Bad("has_bias", p.has_bias, "0 in a problem without GEMM");
       if (RowsOverlap(p.lda, p.n)) return Bad("lda", p.lda, "n or more");
@@ -94,7 +95,18 @@ class Checker {
     }
     if (p.k < 0) return Bad("k", p.k, "0 or more");
     if (RowsOverlap(p.lda, p.k)) return Bad("lda", p.lda, "k or more");
-    if (p.n > 1 && p.ldb < p.k) return Bad("ldb", p.ldb, "k or more");
+    if (p.bias_dtype < FXFUSE_F32 || p.bias_dtype > FXFUSE_BF16) {
+      return Bad("bias_dtype", p.bias_dtype, "f32 (0), f16 (1) or bf16 (2)");
+    }
+    if (p.scaled != 0 && p.scaled != 1) return Bad("scaled", p.scaled, "0 or 1");
+    if (p.scaled && p.input_dtype != FXFUSE_F16) {
+      return Bad("input_dtype", p.input_dtype, "f16 (1) where scaled");
+    }
+    if (p.b_transposed != 0 && p.b_transposed != 1) {
+      return Bad("b_transposed", p.b_transposed, "0 or 1");
+    }
+    if (p.b_transposed && p.k > 1 && p.ldb < p.n) return Bad("ldb", p.ldb, "n or more");
+    if (!p.b_transposed && p.n > 1 && p.ldb < p.k) return Bad("ldb", p.ldb, "k or more");
     return FXFUSE_OK;
   }
 
@@ -204,6 +216,10 @@ class Checker {
       return Null("B");
     }
     if (problem_.has_bias && pointers_[FXFUSE_PTR_BIAS] == nullptr) return Null("bias");
+    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_A] == nullptr) return Null("root_a");
+    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
+    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_A] == nullptr) return Null("root_a");
+    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
     for (int i = 0; i < program_.operand_count; ++i) {
       if ((used_operands_ >> i & 1u) != 0 && pointers_[FXFUSE_PTR_OPERAND + i] == nullptr) {
         return Null("operand", i);

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from hopper import SPLITS, TILES, run_tile
 
 from fxfuse import library
 from fxfuse.errors import LibraryError
@@ -71,6 +72,39 @@ def gemm_cases() -> Iterator[tuple[str, bool]]:
             yield f"{route} {dtype} {m}x{n}x{k} two outputs", right
 
 
+def hopper_cases() -> Iterator[tuple[str, bool]]:
+    """Every tile of the Hopper route, every division of K, both layouts of the weight."""
+    sizes = ((130, 264, 520), (9, 72, 512), (65, 33, 136))
+    for dtype, (m, n, k), turned in itertools.product(DTYPES[1:], sizes, (False, True)):
+        if turned and n % 8:
+            continue
+        x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)
+        a, b = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+        acc = F.linear(x.double(), weight.double(), bias.double())
+        gelu = F.gelu(acc)
+        truths = {
+            CHAIN: chain(acc, a.double(), b.double()),
+            WIDE: (gelu * a.double() + b.double()) * acc,
+        }
+        stored = weight.t().contiguous() if turned else weight
+        for tile, split_by, program in itertools.product(TILES, SPLITS, truths):
+            found = run_tile(x, stored, bias, [a, b], program, tile, split_by, turned)
+            if found is not None:
+                name = f"hopper {dtype} {m}x{n}x{k} turned {turned} {tile}/{split_by}"
+                yield name, close(found[0], truths[program], dtype)
+
+
+def high_cases() -> Iterator[tuple[str, bool]]:
+    """fp32 products on planes of fp16."""
+    torch.set_float32_matmul_precision("high")
+    for m, n, k in ((130, 264, 520), (9, 50, 77)):
+        x, weight, bias = (randn(*s, dtype=torch.float32) for s in ((m, k), (n, k), (n,)))
+        truth = F.silu(F.linear(x.double(), weight.double(), bias.double()))
+        with forced_route("hopper"):
+            found = fused_linear(x, weight, bias, [], "t1 = silu acc; store t1")
+        yield f"high {m}x{n}x{k}", close(found, truth, torch.float32)
+
+
 def pointwise_cases() -> Iterator[tuple[str, bool]]:
     """The pointwise kernel alone, in each arithmetic; outputs of another dtype, too."""
     for dtype, (m, n, _) in itertools.product(DTYPES, (*SIZES, *RAGGED)):
@@ -110,7 +144,10 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     passed, wrong = 0, []
-    for name, right in itertools.chain(gemm_cases(), pointwise_cases(), split_cases()):
+    cases = [gemm_cases(), pointwise_cases(), split_cases()]
+    if torch.cuda.get_device_capability() == (9, 0):
+        cases += [hopper_cases(), high_cases()]
+    for name, right in itertools.chain(*cases):
         passed += right
         if not right:
             wrong.append(name)

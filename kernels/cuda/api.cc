@@ -19,11 +19,11 @@ struct Choice {
   fxfuse_route route;
   const PointwiseKernel* pointwise = nullptr;
   const PortableKernel* portable = nullptr;
-  const HopperKernel* hopper = nullptr;
+  HopperChoice hopper;
 
   const char* Name() const {
     if (pointwise != nullptr) return pointwise->name;
-    return hopper != nullptr ? hopper->name : portable->name;
+    return hopper.kernel != nullptr ? hopper.kernel->name : portable->name;
   }
 };
 
@@ -33,15 +33,17 @@ bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
   const void* a = pointers != nullptr ? pointers[FXFUSE_PTR_A] : nullptr;
   const void* b = pointers != nullptr ? pointers[FXFUSE_PTR_B] : nullptr;
   return VectorAligned(a, problem.lda, problem.m, problem.input_dtype) &&
-         VectorAligned(b, problem.ldb, problem.n, problem.input_dtype);
+         VectorAligned(b, problem.ldb, problem.b_transposed ? problem.k : problem.n,
+                       problem.input_dtype);
 }
 
-// The Hopper route has no tile for a handful of rows, and more to set up than tiny problems take
-// (measured on an H200, scripts/bench_routes.py).
+// The Hopper route has more to set up than a handful of rows or a tiny problem takes, unless few
+// columns leave the portable tiles few SMs to read a long K with (measured on an H200,
+// scripts/bench_routes.py).
 bool PortableIsFaster(const fxfuse_problem& problem) {
-  constexpr int64_t kFewRows = 32;
-  constexpr double kTiny = 1 << 27;
-  return problem.m <= kFewRows || static_cast<double>(problem.m) * problem.n * problem.k <= kTiny;
+  if (problem.b_transposed || problem.scaled) return false;
+  if (problem.m <= 32) return problem.n >= 2048 || problem.k <= 1024;
+  return problem.m <= 128 && problem.n * problem.k <= int64_t{1} << 18;
 }
 
 fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* const* pointers,
@@ -50,8 +52,8 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
   const bool automatic = problem.route == FXFUSE_ROUTE_AUTO && !PortableIsFaster(problem);
   if (automatic || problem.route == FXFUSE_ROUTE_HOPPER) {
     choice->route = FXFUSE_ROUTE_HOPPER;
-    choice->hopper = ChooseHopper(problem, aligned, device.limits);
-    if (choice->hopper != nullptr) return FXFUSE_OK;
+    choice->hopper = ChooseHopper(problem, pointers, aligned, device.limits);
+    if (choice->hopper.kernel != nullptr) return FXFUSE_OK;
   }
   if (problem.route == FXFUSE_ROUTE_HOPPER) {
     return Fail(FXFUSE_UNSUPPORTED,
@@ -62,6 +64,12 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
   if (problem.route == FXFUSE_ROUTE_POINTWISE) {
     return Fail(FXFUSE_BAD_ARGUMENT, "%s: route=pointwise (%d), expected has_gemm=0 with it", call,
                 problem.route);
+  }
+  if (problem.b_transposed || problem.scaled) {
+    return Fail(FXFUSE_UNSUPPORTED,
+                "%s: b_transposed=%d, scaled=%d: the portable route has neither, and the Hopper "
+                "route cannot serve the problem",
+                call, problem.b_transposed, problem.scaled);
   }
   fxfuse_status status = CheckLimit(call, "k", problem.k, kPortableMaxK);
   if (status != FXFUSE_OK) return status;
@@ -86,7 +94,7 @@ fxfuse_status Choose(const char* call, const fxfuse_problem& problem, void* cons
                 problem.route, FXFUSE_ROUTE_POINTWISE);
   }
   choice->route = FXFUSE_ROUTE_POINTWISE;
-  choice->pointwise = &PointwiseKernelFor(RequiredMath(problem.program));
+  choice->pointwise = &PointwiseKernelFor(RequiredMath(problem));
   return FXFUSE_OK;
 }
 
@@ -133,7 +141,7 @@ fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointe
     return fxfuse::LaunchPointwise(kCall, *problem, pointers, *device, *choice.pointwise, stream);
   }
   if (choice.route == FXFUSE_ROUTE_HOPPER) {
-    return fxfuse::LaunchHopper(kCall, *problem, pointers, device->limits, *choice.hopper, stream);
+    return fxfuse::LaunchHopper(kCall, *problem, pointers, device->limits, choice.hopper, stream);
   }
   return fxfuse::LaunchPortable(kCall, *problem, pointers, *choice.portable, stream);
 }

@@ -11,8 +11,8 @@ namespace fxfuse {
 struct DeviceLimits {
   int sm_count;
   bool hopper;  // sm_90: the kernels built for sm_90a run
-  // Blocks, and pairs of blocks, of the Hopper route that are resident at a time.
-  int hopper_clusters[2];
+  // hopper_clusters[s]: clusters of s blocks (1, 2, 4, 8) of the Hopper route that run at a time.
+  int hopper_clusters[9];
   int shared_bytes_per_block;
 };
 

@@ -48,6 +48,95 @@ fxfuse_instruction AddBias() {
   return add;
 }
 
+void FindVectorOperands(const fxfuse_problem& problem, DeviceProgram* device) {
+  device->row_operands = device->full_operands = 0;
+  if (problem.n % 8 != 0) return;
+  const auto mark = [&](int i) {
+    const DeviceOperand& operand = device->operand[i];
+    const bool vector = operand.access == Access::kVector && operand.dtype != FXFUSE_BOOL;
+    if (!vector || operand.periodic) return;
+    (operand.row_stride == 0 ? device->row_operands : device->full_operands) |= 1u << i;
+  };
+  for (int i = 0; i < problem.program.operand_count; ++i) mark(i);
+  if (problem.has_bias) mark(kBiasOperand);
+}
+
+// The chain code of an op without a second argument, or of a second argument of kind `kind`.
+enum class ChainKind { kNone, kConstant, kRow, kFull };
+
+bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
+  switch (opcode) {
+#define FXFUSE_CHAIN(name)   \
+  case Opcode::name:         \
+    *code = ChainCode::name; \
+    return kind == ChainKind::kNone;
+    FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
+#undef FXFUSE_CHAIN
+    case Opcode::add:
+      *code = kind == ChainKind::kConstant ? ChainCode::add_constant
+              : kind == ChainKind::kRow    ? ChainCode::add_row
+                                           : ChainCode::add_full;
+      return kind != ChainKind::kNone;
+    case Opcode::mul:
+      *code = kind == ChainKind::kConstant ? ChainCode::mul_constant
+              : kind == ChainKind::kRow    ? ChainCode::mul_row
+                                           : ChainCode::mul_full;
+      return kind != ChainKind::kNone;
+    default:
+      return false;
+  }
+}
+
+// Fills `step` from an instruction; false where a chain has no such step.
+bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instruction,
+                   MathLevel math, bool adjacent, ChainStep* step, ChainCode* code) {
+  *step = {};
+  if (instruction.save >= 0 || instruction.source[0] != FXFUSE_FROM_PREVIOUS) return false;
+  step->p0 = instruction.immediate[0];
+  step->p1 = instruction.immediate[1];
+  ChainKind kind = ChainKind::kNone;
+  if (instruction.arity == 2) {
+    const int index = instruction.index[1];
+    if (instruction.source[1] == FXFUSE_FROM_IMMEDIATE) {
+      kind = ChainKind::kConstant;
+      step->p0 = instruction.immediate[index];
+    } else if (instruction.source[1] == FXFUSE_FROM_OPERAND) {
+      const DeviceOperand& operand = program.operand[index];
+      if (((program.row_operands | program.full_operands) >> index & 1) == 0) return false;
+      // What Chain is compiled for: it reads 32 bits only where a lane's columns are adjacent.
+      if (math == MathLevel::kFast && operand.dtype != FXFUSE_BF16) return false;
+      if (!adjacent && operand.dtype == FXFUSE_F32) return false;
+      kind = operand.row_stride == 0 ? ChainKind::kRow : ChainKind::kFull;
+      step->data = operand.data;
+      step->row_stride = operand.row_stride;
+      step->dtype = operand.dtype;
+    } else {
+      return false;
+    }
+  }
+  return instruction.arity <= 2 && FindCode(static_cast<Opcode>(instruction.opcode), kind, code);
+}
+
+// Fills the chain from the program's instructions, operands and outputs.
+void TranslateChain(const fxfuse_problem& problem, DeviceProgram* program) {
+  const MathLevel math = RequiredMath(problem);
+  const bool adjacent = problem.scaled || (!problem.b_transposed && problem.n % 32 == 0);
+  program->chain_count = 0;
+  program->chain_codes = 0;
+  const int count = program->instruction_count;
+  if (count > kMaxChain || program->columns % 8 != 0) return;
+  for (int i = 0; i < count; ++i) {
+    const fxfuse_instruction& instruction = program->instruction[i];
+    const bool last = i + 1 == count;
+    if ((instruction.store >= 0) != last) return;
+    ChainCode code;
+    if (!TranslateStep(*program, instruction, math, adjacent, &program->chain[i], &code)) return;
+    program->chain_codes |= static_cast<uint64_t>(code) << (4 * i);
+  }
+  program->chain_output = program->instruction[count - 1].store;
+  if (program->output[program->chain_output].vector) program->chain_count = count;
+}
+
 }  // namespace
 
 bool RowsAligned(const void* data, int64_t row_stride, int64_t rows, int dtype, int bytes) {
@@ -65,7 +154,7 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
   device->columns = static_cast<uint32_t>(problem.n);
   fxfuse_instruction* next = device->instruction;
   if (problem.has_bias) {
-    const fxfuse_operand row = {0, 1, 1, kIndexLimit, problem.input_dtype, 0};
+    const fxfuse_operand row = {0, 1, 1, kIndexLimit, problem.bias_dtype, 0};
     device->operand[kBiasOperand] = TranslateOperand(row, pointers[FXFUSE_PTR_BIAS], problem.m);
     *next++ = AddBias();
   }
@@ -84,13 +173,24 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
     to.dtype = static_cast<uint8_t>(output.dtype);
     to.vector = VectorAligned(to.data, output.row_stride, problem.m, output.dtype);
   }
+  FindVectorOperands(problem, device);
+  TranslateChain(problem, device);
 }
 
-MathLevel RequiredMath(const fxfuse_program& program) {
+bool IsChain(const fxfuse_problem& problem, void* const* pointers) {
+  static void* const kNone[FXFUSE_PTR_COUNT] = {};
+  DeviceProgram program;
+  TranslateProgram(problem, pointers != nullptr ? pointers : kNone, &program);
+  return program.chain_count > 0;
+}
+
+MathLevel RequiredMath(const fxfuse_problem& problem) {
   MathLevel level = MathLevel::kFast;
-  for (int i = 0; i < program.output_count; ++i) {
-    if (program.output[i].dtype == FXFUSE_F32) return MathLevel::kExact;
-    if (program.output[i].dtype == FXFUSE_F16) level = MathLevel::kHalf;
+  for (int i = 0; i < problem.program.output_count; ++i) {
+    const int dtype = problem.program.output[i].dtype;
+    // What products of scaled fp16 planes are off by covers what kHalf is.
+    if (dtype == FXFUSE_F32 && !problem.scaled) return MathLevel::kExact;
+    if (dtype != FXFUSE_BF16) level = MathLevel::kHalf;
   }
   return level;
 }

@@ -40,6 +40,35 @@ struct DeviceOutput {
 // Rows and columns are counted by 32-bit integers, and tiles may overhang the matrix.
 constexpr int64_t kMaxRows = INT32_MAX - 1024;
 
+// A program is a chain when each instruction works on what the one before left, with at most one
+// operand in vectors of eight columns (see row_operands) or with a constant; when none is kept in a
+// slot; and when the last alone stores, in such vectors. Chain runs chains of these ops, and
+// Interpreter any program.
+#define FXFUSE_CHAIN_OPS(X) X(relu) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh) X(copy)
+
+enum class ChainCode : uint8_t {
+  end,
+#define FXFUSE_CHAIN(name) name,
+  FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
+#undef FXFUSE_CHAIN
+      add_constant,
+  mul_constant,
+  add_row,
+  mul_row,
+  add_full,
+  mul_full
+};
+
+struct ChainStep {
+  float p0, p1;
+  int32_t dtype;  // of data, fxfuse_dtype
+  int32_t reserved;
+  const void* data;
+  int64_t row_stride;  // of data, in elements
+};
+
+constexpr int kMaxChain = 12;  // four bits of chain_codes each, and an end
+
 // The bias is one more operand, added by one more instruction.
 constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
 constexpr int kMaxDeviceInstructions = FXFUSE_MAX_INSTRUCTIONS + 1;
@@ -48,14 +77,20 @@ struct DeviceProgram {
   int32_t instruction_count;
   uint32_t rows;     // M
   uint32_t columns;  // N
-  int32_t reserved;
+  // Bit i: operand i is read in whole vectors of adjacent columns, all rows alike or each its own.
+  uint16_t row_operands;
+  uint16_t full_operands;
   fxfuse_instruction instruction[kMaxDeviceInstructions];
   DeviceOperand operand[FXFUSE_MAX_OPERANDS + 1];
   DeviceOutput output[FXFUSE_MAX_OUTPUTS];
+  int32_t chain_count;  // instructions of the program if it is a chain, else 0
+  int32_t chain_output;
+  uint64_t chain_codes;  // a ChainCode for each step in four bits, the first in the lowest
+  ChainStep chain[kMaxChain];
 };
 
 // Kernel parameters are limited to 4 KB on every architecture we build for.
-static_assert(sizeof(DeviceProgram) <= 2048, "leave room for the GEMM's own parameters");
+static_assert(sizeof(DeviceProgram) <= 3072, "leave room for the GEMM's own parameters");
 
 // How exact the epilogue's arithmetic must be, by the outputs' rounding; a higher level serves
 // wherever a lower one does.
@@ -68,7 +103,10 @@ enum class MathLevel : uint8_t {
 // Fills `device` from a validated problem.
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
 
-MathLevel RequiredMath(const fxfuse_program& program);
+// Whether the program is a chain, at these addresses or, without any, at aligned ones.
+bool IsChain(const fxfuse_problem& problem, void* const* pointers);
+
+MathLevel RequiredMath(const fxfuse_problem& problem);
 
 // Whether rows of a matrix all start at multiples of `bytes`; the stride of a single row is moot.
 bool RowsAligned(const void* data, int64_t row_stride, int64_t rows, int dtype, int bytes);

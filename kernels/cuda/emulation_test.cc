@@ -150,7 +150,7 @@ void TestPortable(const char* name, int64_t m, int64_t n, int64_t k, int64_t k_p
   const std::vector<Input> bias = Random<Input>(n);
   Case<Out> test(m, n, n_padding);
   test.problem.k = k, test.problem.lda = test.problem.ldb = ld;
-  test.problem.input_dtype = kDtype<Input>;
+  test.problem.input_dtype = test.problem.bias_dtype = kDtype<Input>;
   test.problem.has_gemm = test.problem.has_bias = 1;
   test.pointers[FXFUSE_PTR_BIAS] = const_cast<Input*>(bias.data());
 

@@ -7,23 +7,29 @@
 
 namespace fxfuse {
 
-// `kGroups` rows, `row_step` apart, of the same `kWidth` adjacent columns: values[g * kWidth + j]
-// is element (Row(g), Column() + j). Widths are chosen so that a thread's access to the widest
+// `kRows` rows, `row_step` apart, of `kBlocks` blocks of `kWidth` adjacent columns, the blocks
+// kBlockStep columns apart: values[g * kWidth + j] is element (Row(g), Column(g) + j), and the
+// groups g of a block follow one another. Widths are chosen so that a thread's access to the widest
 // output is 16 bytes: 8 columns where all outputs have 16 bits, 4 where one has 32.
-template <int kWidth_, int kGroups_>
+template <int kWidth_, int kRows_, int kBlocks_ = 1, int kBlockStep_ = 0>
 class RowFragment {
  public:
   static constexpr int kWidth = kWidth_;
-  static constexpr int kGroups = kGroups_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kBlockStep = kBlockStep_;
+  static constexpr int kGroups = kRows * kBlocks;
   static constexpr int kSize = kWidth * kGroups;
   static_assert(kWidth == 4 || kWidth == 8, "a vector of 16 bytes of the widest output");
-  static_assert(kGroups >= 1, "a fragment has a row");
+  static_assert(kRows >= 1 && kBlocks >= 1, "a fragment has a row");
 
   __device__ __forceinline__ RowFragment(uint32_t row, uint32_t row_step, uint32_t column)
       : row_(row), row_step_(row_step), column_(column) {}
 
-  __device__ __forceinline__ uint32_t Row(int g) const { return row_ + g * row_step_; }
-  __device__ __forceinline__ uint32_t Column() const { return column_; }
+  __device__ __forceinline__ uint32_t Row(int g) const { return row_ + g % kRows * row_step_; }
+  __device__ __forceinline__ uint32_t Column(int g) const {
+    return column_ + g / kRows * kBlockStep;
+  }
 
  private:
   uint32_t row_;

@@ -1,36 +1,40 @@
-// D = epilogue(A @ B^T + bias), A [M, K], B [N, K], both with adjacent K, on sm_90a.
+// D = epilogue(A @ B^T), A [M, K] and B [N, K] (or [K, N]) of 16 bits, on sm_90a.
 //
-// Persistent and warp-specialised: one producer thread keeps a ring of stages filled by bulk tensor
-// copies, also while two consumer warpgroups, each with 64 rows of the tile, run the epilogue. In a
-// cluster two blocks work on tiles one above the other; each fetches half of their common rows of B
-// and sends it to both. No kernel is built with a cluster at present: on an H200 it was no faster
-// at any shape tried (0.201 ms against 0.198 for 1024 x 8192 -> 8192, bf16).
+// Persistent and warp-specialised: two producer threads keep a ring of stages filled by bulk
+// tensor copies, also while two consumer warpgroups, each with 64 rows of the tile, run the
+// epilogue. Where there are fewer tiles than SMs, the blocks of a cluster divide K among them, and
+// each adds up and finishes some rows of the tile; sums are taken in the order of the blocks.
 //
-// Why not one tile for each warpgroup, in turns, which would hide the epilogue: at full rate the
-// tensor cores of an SM take 64 x 256 x 16 multiply-adds in 128 cycles, for which they read 2 KB of
-// A and 8 KB of B out of shared memory, 80 of its 128 bytes a cycle. What the copies write comes on
-// top: 48 KB for 128 x 256 x 64, 48 bytes a cycle, together just what there is; 32 KB for
-// 128 x 128 x 64, 64 bytes a cycle, is a quarter more than there is.
+// Why not one tile for each warpgroup, in turns, which would hide the epilogue: two tiles of
+// 128 x 256 have no room in registers, and tiles of 128 x 128 move a fifth more through shared
+// memory and a third more out of the L2. An H200 at its power limit pays for that with its clock:
+// with such a schedule add and relu after 1024 x 8192 -> 8192 in bf16 took 273k cycles for 277k,
+// but 0.190 ms for 0.180.
 //
-// Phases: setup, producer, consumer (mainloop, epilogue, store).
+// The epilogue works on the accumulators where they are. The tensor cores leave a lane two adjacent
+// columns of every eight; rows of B are brought in an order that makes those eight adjacent columns
+// of D, so that the lane reads and writes 16 bytes at a time.
+//
+// Phases: setup, producer, consumer (mainloop, reduction, epilogue and store).
 
 #ifndef FXFUSE_CUDA_HOPPER_GEMM_CUH_
 #define FXFUSE_CUDA_HOPPER_GEMM_CUH_
 
 #include <type_traits>
 
+#include "chain.cuh"
+#include "fragment.cuh"
 #include "hopper_kernels.h"
 #include "interpreter.cuh"
 #include "ptx_hopper.cuh"
-#include "slab.cuh"
 
 namespace fxfuse {
 
-template <class Input_, class Math_, int kN_, int kStages_, int kCluster_>
+template <class Math_, bool kChains_, int kN_, int kStages_>
 struct HopperConfig {
-  using Input = Input_;
   using Math = Math_;
-  static constexpr int kM = 128, kN = kN_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr bool kChains = kChains_;  // serves chains alone
+  static constexpr int kM = 128, kN = kN_, kStages = kStages_;
 
   static constexpr int kStageK = 64;  // elements of K in a stage: 128 bytes, one swizzle row
   static constexpr int kRowBytes = 128;
@@ -38,23 +42,24 @@ struct HopperConfig {
   static constexpr int kStageBytes = kBytesA + kN * kRowBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSteps = kStageK / 16;
+  static constexpr int kSharedBytes = 1024 + kRingBytes + 16 * kStages;
 
-  // The accumulator passes through shared memory, 16 rows by 64 columns for each warp at a time, so
-  // that the program sees adjacent columns.
-  // More values at a time would not fit into registers beside the accumulators that still wait.
-  using Slab = SlabShape<64, (kN < 256 ? 4 : 2)>;
-  static constexpr int kSlabs = kN / Slab::kColumns;  // of a warp, one after the other
-  static constexpr int kSlabBytes = Slab::kFloats * static_cast<int>(sizeof(float));
-  static constexpr int kWarps = 8;
-
-  static constexpr int kBarrierOffset = kRingBytes + kWarps * kSlabBytes;
-  static constexpr int kSharedBytes = 1024 + kBarrierOffset + 16 * kStages;
+  // Interpreter takes the accumulators 64 columns at a time.
+  static constexpr int kPartColumns = 64;
+  static constexpr int kParts = kN / kPartColumns;
+  using Fragment = RowFragment<8, 2, 2, 32>;
 
   static_assert(kN == 64 || kN == 128 || kN == 256, "there is a wgmma for it");
-  static_assert(kN / kCluster % 8 == 0, "a swizzle period of eight rows is never divided");
-  static_assert(sizeof(Input) == 2, "a step of 32 bytes is 16 elements");
   static_assert(kSharedBytes <= 227 * 1024, "what a block may have on sm_90");
+  static_assert((kMaxSplit - 1) * kM * kN * 4 / kMaxSplit <= kRingBytes,
+                "the ring holds what other blocks of a cluster send");
 };
+
+// Lane l holds, of each 8 x 8 block of a warp's 16 rows, the columns of pair l % 4 and the rows
+// l / 4 and l / 4 + 8: accumulator[4 * j + 2 * h + e] is element e of the pair in block column j,
+// row half h.
+template <class Config>
+using Accumulator = float[Config::kN / 2];
 
 // Addresses of the barriers in shared memory.
 template <class Config>
@@ -62,7 +67,7 @@ struct Barriers {
   uint32_t base;
   // Stage s has been filled.
   __device__ __forceinline__ uint32_t Full(int s) const { return base + 8 * s; }
-  // Stage s has been read by both warpgroups of all blocks in the cluster.
+  // Stage s has been read by both warpgroups.
   __device__ __forceinline__ uint32_t Empty(int s) const {
     return base + 8 * (Config::kStages + s);
   }
@@ -81,181 +86,376 @@ struct RingPosition {
   }
 };
 
-// Tile coordinates of the block's cluster. Groups of 8 cluster rows are walked column by column, so
-// that the blocks running at one time share few rows of A and B in L2.
-__device__ __forceinline__ void RasterCluster(const HopperArguments& arguments, int index,
-                                              int* tile_m, int* tile_n) {
+// This block's part of K.
+struct BlockWork {
+  int rank;  // in the cluster that shares a tile
+  int first_stage, stages;
+};
+
+__device__ __forceinline__ BlockWork DescribeWork(const HopperArguments& arguments) {
+  const int split = arguments.split;
+  if (split == 1) return {0, 0, arguments.stages};
+  const int rank = static_cast<int>(cluster_rank());
+  const int first = arguments.stages * rank / split;
+  return {rank, first, arguments.stages * (rank + 1) / split - first};
+}
+
+// Where a tile begins; at row -1 if there is no such tile.
+struct TileOrigin {
+  int row, column;
+};
+
+// The `round`-th tile of this block. Clusters take tiles in turns. Groups of 8 tile rows are walked
+// column by column, so that the blocks running at one time share few rows of A and B in L2.
+//
+// Everything is asked of the hardware anew, so that nothing is kept in registers from tile to tile.
+template <class Config>
+__device__ __forceinline__ TileOrigin FindTile(const HopperArguments& arguments, int round) {
   constexpr int kGroup = 8;
+  const int index = cluster_index() + round * cluster_count();
+  if (index >= arguments.tiles_m * arguments.tiles_n) return {-1, 0};
   const int per_group = kGroup * arguments.tiles_n;
   const int group = index / per_group;
   const int in_group = index - group * per_group;
   const int rows = min(kGroup, arguments.tiles_m - group * kGroup);
-  *tile_n = in_group / rows;
-  *tile_m = group * kGroup + in_group - *tile_n * rows;
+  const int tile_n = in_group / rows;
+  const int tile_m = group * kGroup + in_group - tile_n * rows;
+  return {tile_m * Config::kM, tile_n * Config::kN};
 }
 
-// The tiles of this block's cluster: every `step`-th from `first` on.
-struct TileRange {
-  int first, step, end;
-};
+// Producer ----------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// Brings `rows` rows of B, from `n` on, or as many columns, at `k`.
+__device__ __forceinline__ void CopyB(const HopperArguments& arguments, uint32_t to, uint32_t full,
+                                      int n, int rows, int k) {
+  constexpr int kRowBytes = 128;
+  for (int i = 0; i < rows; i += arguments.box_b) {
+    if (arguments.layout_b == LayoutB::kInterleaved) {
+      copy_box(to + i * kRowBytes, &arguments.b, full, k, 0, 0, 0, (n + i) / 32);
+    } else if (arguments.layout_b == LayoutB::kRows) {
+      copy_box(to + i * kRowBytes, &arguments.b, full, k, n + i);
+    } else {
+      copy_box(to + i * kRowBytes, &arguments.b, full, n + i, k);
+    }
+  }
+}
+
+// Two threads produce: one brings A and announces the bytes of a stage, the other (`brings_b`)
+// brings B. One alone is too slow for the narrowest tile.
+//
+// Boxes that lie outside the matrices are left out: bringing zeros takes longer than bringing data
+// (an H200 took 79 us for 1 x 8192 -> 8192 where it took 42 for 128 rows). What the tile holds in
+// their place reaches no result that is stored.
 template <class Config>
 __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32_t ring,
-                                        const Barriers<Config>& barriers, const TileRange& tiles,
-                                        uint32_t rank) {
-  constexpr int kShareB = Config::kN / Config::kCluster;
+                                        const Barriers<Config>& barriers, const BlockWork& work,
+                                        bool brings_b) {
   RingPosition<Config> at;
-  for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
-    int tile_m, tile_n;
-    RasterCluster(arguments, tile, &tile_m, &tile_n);
-    const int row_a = (tile_m * Config::kCluster + static_cast<int>(rank)) * Config::kM;
-    const int row_b = tile_n * Config::kN + static_cast<int>(rank) * kShareB;
-    for (int stage = 0; stage < arguments.stages; ++stage) {
+  for (int round = 0;; ++round) {
+    const TileOrigin tile = FindTile<Config>(arguments, round);
+    if (tile.row < 0) return;
+    const int left_m = static_cast<int>(arguments.program.rows) - tile.row;
+    const int left_n = static_cast<int>(arguments.program.columns) - tile.column;
+    const int rows_a = min(Config::kM, RoundUp(left_m, arguments.box_a));
+    const int rows_b = min(Config::kN, RoundUp(left_n, arguments.box_b));
+    for (int stage = 0; stage < work.stages; ++stage) {
       barrier_wait(barriers.Empty(at.slot), at.parity ^ 1);
       const uint32_t full = barriers.Full(at.slot);
       const uint32_t to = ring + at.slot * Config::kStageBytes;
-      const int k = stage * Config::kStageK;
-      barrier_arrive_expect(full, Config::kStageBytes);
-      copy_box(to, &arguments.a, full, k, row_a);
-      const uint32_t to_b = to + Config::kBytesA + rank * kShareB * Config::kRowBytes;
-      if constexpr (Config::kCluster == 1) {
-        copy_box(to_b, &arguments.b, full, k, row_b);
+      const int k = (work.first_stage + stage) * Config::kStageK;
+      if (brings_b) {
+        CopyB(arguments, to + Config::kBytesA, full, tile.column, rows_b, k);
       } else {
-        copy_box_multicast(to_b, &arguments.b, full, k, row_b, (1 << Config::kCluster) - 1);
+        barrier_arrive_expect(full, (rows_a + rows_b) * Config::kRowBytes);
+        for (int i = 0; i < rows_a; i += arguments.box_a) {
+          copy_box(to + i * Config::kRowBytes, &arguments.a, full, k, tile.row + i);
+        }
       }
       at.Advance();
     }
   }
 }
 
-template <class Config>
-using Accumulator = float[Config::kN / 2];
+// Consumer: mainloop ------------------------------------------------------------------------------
 
 // Issues this warpgroup's multiply-adds of one stage.
-template <class Config>
+template <class Config, class Input, Major kMajorB>
 __device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, uint32_t stage,
                                               int group, int accumulate) {
-  const uint64_t a = describe_rows(stage + group * 64 * Config::kRowBytes);
-  const uint64_t b = describe_rows(stage + Config::kBytesA);
+  const uint64_t a = describe<Major::kK>(stage + group * 64 * Config::kRowBytes);
+  const uint64_t b = describe<kMajorB>(stage + Config::kBytesA);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
-    Wgmma<typename Config::Input>::Multiply(accumulator, a + step * kDescriptorStep,
-                                            b + step * kDescriptorStep, step > 0 || accumulate);
+    Wgmma<Input, kMajorB>::Multiply(accumulator, a + step * kDescriptorStep<Major::kK>,
+                                    b + step * kDescriptorStep<kMajorB>, step > 0 || accumulate);
   }
   wgmma_commit();
 }
 
-// Starts the accumulator with the bias, and returns whether there is one to start with. Lane l
-// holds columns 2 * (l % 4) and the next of every eight, of two rows.
+// Tells the producer that this warpgroup is done with a slot.
 template <class Config>
-__device__ __forceinline__ bool LoadBias(const HopperArguments& arguments, int column0,
-                                         Accumulator<Config>& accumulator) {
-  if (arguments.bias == nullptr) return false;
-  const int columns = static_cast<int>(arguments.program.columns);
-  const int column = column0 + threadIdx.x % 4 * 2;
+__device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, int slot) {
+  if (threadIdx.x % 128 == 0) barrier_arrive(barriers.Empty(slot));
+}
+
+// One batch of multiply-adds is always queued behind the one that runs. `meanwhile` is called when
+// there is something for the tensor cores to do.
+template <class Config, class Input, Major kMajorB, class Meanwhile>
+__device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& barriers,
+                                         int stages, int group, Accumulator<Config>& accumulator,
+                                         RingPosition<Config>& at, const Meanwhile& meanwhile) {
+  barrier_wait(barriers.Full(at.slot), at.parity);
+  MultiplyStage<Config, Input, kMajorB>(accumulator, ring + at.slot * Config::kStageBytes, group,
+                                        0);
+  int previous = at.slot;
+  at.Advance();
+  meanwhile();
+#pragma unroll 1
+  for (int stage = 1; stage < stages; ++stage) {
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    MultiplyStage<Config, Input, kMajorB>(accumulator, ring + at.slot * Config::kStageBytes, group,
+                                          1);
+    wgmma_wait<1>();
+    ReleaseStage(barriers, previous);
+    previous = at.slot;
+    at.Advance();
+  }
+  wgmma_wait<0>();
+  ReleaseStage(barriers, previous);
+}
+
+// Passes over a tile's stages: all of this warpgroup's rows lie below the matrix.
+template <class Config>
+__device__ __forceinline__ void SkipStages(const Barriers<Config>& barriers, int stages,
+                                           RingPosition<Config>& at) {
+  for (int stage = 0; stage < stages; ++stage) {
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    ReleaseStage(barriers, at.slot);
+    at.Advance();
+  }
+}
+
+// Consumer: reduction -----------------------------------------------------------------------------
+
+// Adds up what the blocks of a cluster have each got from their part of K. The 16 rows of warp w
+// are finished by block w % split; returns whether this is the block for this warp's rows.
+template <class Config>
+__device__ __forceinline__ bool ReduceCluster(const HopperArguments& arguments, uint32_t ring,
+                                              const BlockWork& work, bool rows_inside,
+                                              Accumulator<Config>& accumulator) {
+  constexpr int kSlotBytes = 16 * Config::kN * static_cast<int>(sizeof(float));
+  constexpr int kChunks = Config::kN / 8;  // of four floats a lane
+  const int split = arguments.split;
+  const int warp = threadIdx.x / 32 - 4;
+  const int lane = threadIdx.x % 32;
+  const int owner = warp % split;
+  // In the owner's ring: first by sender, then by those of its warps that finish rows.
+  const auto slot = [&](int sender) {
+    const int index = sender - (sender > owner ? 1 : 0);
+    return ring + (index * (8 / split) + warp / split) * kSlotBytes + lane * 16;
+  };
+  cluster_sync();  // every ring is free
+  if (work.rank != owner && rows_inside) {
 #pragma unroll
-  for (int j = 0; j < Config::kN / 8; ++j) {
-    uint32_t pair = 0;
-    if (column + 8 * j < columns) {  // columns are even, so the next one exists as well
-      pair = __ldg(reinterpret_cast<const uint32_t*>(arguments.bias) + (column + 8 * j) / 2);
+    for (int i = 0; i < kChunks; ++i) {
+      const float* d = &accumulator[4 * i];
+      store_remote(slot(work.rank) + i * 512, owner, make_float4(d[0], d[1], d[2], d[3]));
     }
-    constexpr bool kHalf = std::is_same<typename Config::Input, __half>::value;
-    const float2 values = kHalf ? UnpackF16(pair) : UnpackBf16(pair);
-    accumulator[4 * j] = accumulator[4 * j + 2] = values.x;
-    accumulator[4 * j + 1] = accumulator[4 * j + 3] = values.y;
+  }
+  cluster_sync();
+  if (work.rank != owner || !rows_inside) return false;
+#pragma unroll 1
+  for (int sender = 0; sender < split; ++sender) {
+    if (sender == owner) continue;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const float4 part = load_shared(slot(sender) + i * 512);
+      float* const d = &accumulator[4 * i];
+      d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+    }
   }
   return true;
 }
 
-// Tells every producer that fills slot `slot` here that this warpgroup is done with it.
-template <class Config>
-__device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, int slot) {
-  const int thread = threadIdx.x % 128;
-  if constexpr (Config::kCluster == 1) {
-    if (thread == 0) barrier_arrive(barriers.Empty(slot));
-  } else {
-    if (thread % 32 == 0 && thread / 32 < Config::kCluster) {
-      barrier_arrive_at(barriers.Empty(slot), thread / 32);
+// Consumer: epilogue and store --------------------------------------------------------------------
+
+// Gives lane q of each quad the q-th pair of all four lanes: out of two of every eight columns,
+// eight adjacent ones.
+__device__ __forceinline__ void TransposeQuad(float* x) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (threadIdx.x & bit) != 0;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      if (pair & bit) continue;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& low = x[2 * pair + e];
+        float& high = x[2 * (pair + bit) + e];
+        const float received = __shfl_xor_sync(~0u, upper ? low : high, bit);
+        (upper ? low : high) = received;
+      }
     }
   }
 }
 
-// Runs the program over this warp's 16 rows of the tile, one slab at a time, and stores.
+// Whether a lane's accumulators belong to adjacent columns as they are.
+__device__ __forceinline__ bool Interleaved(const HopperArguments& arguments) {
+  return arguments.layout_b == LayoutB::kInterleaved;
+}
+
+// What brings accumulators of scaled planes back: (root_a[m] * root_b[n])^2, of which no part
+// overflows where the result does not.
+__device__ __forceinline__ float Unscaled(float value, float root_a, float root_b) {
+  const float factor = root_a * root_b;
+  return value * factor * factor;
+}
+
+__device__ __forceinline__ float RootA(const HopperArguments& arguments, uint32_t row) {
+  return __ldg(arguments.root_a + min(row, arguments.program.rows - 1));
+}
+
+__device__ __forceinline__ float RootB(const HopperArguments& arguments, uint32_t column) {
+  return __ldg(arguments.root_b + min(column, arguments.program.columns - 1));
+}
+
 template <class Config>
-__device__ __forceinline__ void RunEpilogue(const HopperArguments& arguments,
-                                            const Accumulator<Config>& accumulator, float* slab,
-                                            int row, int column0) {
-  const DeviceProgram& program = arguments.program;
-  using Slab = typename Config::Slab;
+using ChainOf = Chain<typename Config::Math, Config::kN / 32>;
+
+// Brings accumulators of scaled planes back.
+template <class Config>
+__device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
+                                            Accumulator<Config>& accumulator, int row0,
+                                            int column0) {
+  const int row = row0 + threadIdx.x % 32 / 4;
+  const int column = column0 + threadIdx.x % 4 * 8;  // planes are always interleaved
+  const float root_a[] = {RootA(arguments, row), RootA(arguments, row + 8)};
+#pragma unroll
+  for (int i = 0; i < Config::kN / 4; ++i) {
+    const float root_b = RootB(arguments, column + i / 8 * 32 + i % 8);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float& value = accumulator[ChainOf<Config>::Index(i / 8, h, i % 8)];
+      value = Unscaled(value, root_a[h], root_b);
+    }
+  }
+}
+
+// Runs any program over this warp's rows of the tile, 16 rows and 64 columns at a time.
+template <class Config>
+__device__ __forceinline__ void Interpret(const HopperArguments& arguments,
+                                          const Accumulator<Config>& accumulator, int row0,
+                                          int column0) {
+  using Fragment = typename Config::Fragment;
   const int lane = threadIdx.x % 32;
-  if (row >= static_cast<int>(program.rows)) return;
-  // One copy of the interpreter serves all slabs; which accumulators a slab takes is a uniform
+  // One copy of the interpreter serves all parts; which accumulators a part takes is a uniform
   // branch, for registers cannot be indexed.
 #pragma unroll 1
-  for (int part = 0; part < Config::kSlabs; ++part) {
-    const int column = column0 + part * Slab::kColumns;
-    if (column >= static_cast<int>(program.columns)) return;
-    __syncwarp();  // the slab before has been read
+  for (int part = 0; part < Config::kParts; ++part) {
+    const int column = column0 + part * Config::kPartColumns;
+    if (column >= static_cast<int>(arguments.program.columns)) return;
+    float values[Fragment::kSize];
 #pragma unroll
-    for (int i = 0; i < Config::kSlabs; ++i) {
+    for (int i = 0; i < Config::kParts; ++i) {
       if (i != part) continue;
-      // Lane l holds columns 2 * (l % 4) and the next, of rows l / 4 and l / 4 + 8, of every eight.
+      asm volatile("");  // a branch, please: a select would take an instruction for each i
 #pragma unroll
-      for (int j = 0; j < Slab::kColumns / 8; ++j) {
-        const float* d = &accumulator[i * (Slab::kColumns / 2) + 4 * j];
-        const int chunk = 2 * j + lane % 4 / 2;
-        float* const upper = slab + Slab::Offset(lane / 4, chunk) + lane % 2 * 2;
-        *reinterpret_cast<float2*>(upper) = make_float2(d[0], d[1]);
-        *reinterpret_cast<float2*>(upper + 8 * Slab::kColumns) = make_float2(d[2], d[3]);
+      for (int v = 0; v < Fragment::kSize; ++v) {
+        const int group = v / 8, block = group / 2, h = group % 2, jj = v % 8 / 2, e = v % 2;
+        values[v] = accumulator[i * 32 + 4 * (4 * block + jj) + 2 * h + e];
       }
     }
-    __syncwarp();
-#pragma unroll 1
-    for (int turn = 0; turn < Slab::kTurns; ++turn) {
-      float values[Slab::Fragment::kSize];
-      const typename Slab::Fragment at = Slab::Read(slab, turn, row, column, values);
-      Interpreter<typename Slab::Fragment, typename Config::Math>::Run(program, at, values,
-                                                                       arguments.first);
+    if (!Interleaved(arguments)) {
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) TransposeQuad(&values[8 * g]);
     }
+    const Fragment at(row0 + lane / 4, 8, column + lane % 4 * 8);
+    if (arguments.root_a != nullptr) {
+#pragma unroll
+      for (int v = 0; v < Fragment::kSize; ++v) {
+        values[v] = Unscaled(values[v], RootA(arguments, at.Row(v / 8)),
+                             RootB(arguments, at.Column(v / 8) + v % 8));
+      }
+    }
+    Interpreter<Fragment, typename Config::Math>::Run(arguments.program, at, values);
+  }
+}
+
+// Asks for what this warp will read of the operands.
+template <class Config>
+__device__ __forceinline__ void PrefetchOperands(const DeviceProgram& program, int row0,
+                                                 int column0) {
+  const int lane = threadIdx.x % 32;
+  const int columns = min(Config::kN, static_cast<int>(program.columns) - column0);
+  for (uint32_t rest = program.row_operands; rest != 0; rest &= rest - 1) {
+    const DeviceOperand& operand = program.operand[__ffs(rest) - 1];
+    const int size = DtypeSize(operand.dtype);
+    if (lane * 128 < columns * size) {
+      prefetch_line(static_cast<const char*>(operand.data) + column0 * size + lane * 128);
+    }
+  }
+  const int row = row0 + lane;
+  if (lane >= 16 || row >= static_cast<int>(program.rows)) return;
+  for (uint32_t rest = program.full_operands; rest != 0; rest &= rest - 1) {
+    const DeviceOperand& operand = program.operand[__ffs(rest) - 1];
+    const int size = DtypeSize(operand.dtype);
+    prefetch_bytes(
+        static_cast<const char*>(operand.data) + (row * operand.row_stride + column0) * size,
+        columns * size);
   }
 }
 
 template <class Config>
 __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32_t ring,
-                                        const Barriers<Config>& barriers, float* slabs,
-                                        const TileRange& tiles, uint32_t rank) {
+                                        const Barriers<Config>& barriers, const BlockWork& work) {
   const int group = threadIdx.x / 128 - 1;
-  const int warp = threadIdx.x / 32 - 4;  // 0 to 7
-  float* const slab = slabs + warp * Config::Slab::kFloats;
+  const int warp_row = group * 64 + threadIdx.x / 32 % 4 * 16;
+  const int rows = static_cast<int>(arguments.program.rows);
+  ChainOf<Config> chain(arguments.program);
+  const bool adjacent = Interleaved(arguments);
   RingPosition<Config> at;
-  for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
-    int tile_m, tile_n;
-    RasterCluster(arguments, tile, &tile_m, &tile_n);
-
-    // Mainloop. One batch of multiply-adds is always queued behind the one that runs.
+  int round = 0;
+  TileOrigin next = FindTile<Config>(arguments, round);
+  while (next.row >= 0) {
+    const TileOrigin origin = next;
+    const int row0 = origin.row + warp_row;
+    ++round;
+    const auto meanwhile = [&] {
+      PrefetchOperands<Config>(arguments.program, row0, origin.column);
+      next = FindTile<Config>(arguments, round);
+    };
     Accumulator<Config> accumulator;
-    const bool biased = LoadBias<Config>(arguments, tile_n * Config::kN, accumulator);
-    barrier_wait(barriers.Full(at.slot), at.parity);
-    MultiplyStage<Config>(accumulator, ring + at.slot * Config::kStageBytes, group, biased);
-    int previous = at.slot;
-    at.Advance();
-#pragma unroll 1
-    for (int stage = 1; stage < arguments.stages; ++stage) {
-      barrier_wait(barriers.Full(at.slot), at.parity);
-      MultiplyStage<Config>(accumulator, ring + at.slot * Config::kStageBytes, group, 1);
-      wgmma_wait<1>();
-      ReleaseStage(barriers, previous);
-      previous = at.slot;
-      at.Advance();
+    if (origin.row + group * 64 < rows) {
+#define FXFUSE_MULTIPLY(Input, major)                                                        \
+  Multiply<Config, Input, Major::major>(ring, barriers, work.stages, group, accumulator, at, \
+                                        meanwhile)
+      if (arguments.layout_b == LayoutB::kColumns) {
+        arguments.half ? FXFUSE_MULTIPLY(__half, kMN) : FXFUSE_MULTIPLY(__nv_bfloat16, kMN);
+      } else {
+        arguments.half ? FXFUSE_MULTIPLY(__half, kK) : FXFUSE_MULTIPLY(__nv_bfloat16, kK);
+      }
+#undef FXFUSE_MULTIPLY
+    } else {
+      SkipStages<Config>(barriers, work.stages, at);
+      next = FindTile<Config>(arguments, round);
     }
-    wgmma_wait<0>();
 
-    ReleaseStage(barriers, previous);
-
-    // Epilogue and store.
-    const int row = (tile_m * Config::kCluster + static_cast<int>(rank)) * Config::kM + warp * 16;
-    RunEpilogue<Config>(arguments, accumulator, slab, row, tile_n * Config::kN);
+    const bool inside = row0 < rows;
+    if (arguments.split > 1) {
+      if (!ReduceCluster<Config>(arguments, ring, work, inside, accumulator)) continue;
+    }
+    if (!inside) continue;
+    if constexpr (Config::kChains) {
+      if (arguments.root_a != nullptr) {
+        UndoScaling<Config>(arguments, accumulator, row0, origin.column);
+      }
+      chain.Run(row0, origin.column, adjacent, accumulator);
+    } else {
+      Interpret<Config>(arguments, accumulator, row0, origin.column);
+    }
   }
 }
 
@@ -266,52 +466,41 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   extern __shared__ uint8_t shared[];
 
   // Setup. The ring begins at a multiple of 1024, as the swizzle wants.
-  const uint32_t start = shared_address(shared);
-  const uint32_t ring = (start + 1023) & ~1023u;
-  const Barriers<Config> barriers{ring + Config::kBarrierOffset};
-  const uint32_t rank = Config::kCluster == 1 ? 0 : cluster_rank();
+  const uint32_t ring = (shared_address(shared) + 1023) & ~1023u;
+  const Barriers<Config> barriers{ring + Config::kRingBytes};
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&arguments.a);
     prefetch_tensor_map(&arguments.b);
     for (int s = 0; s < Config::kStages; ++s) {
       barrier_init(barriers.Full(s), 1);
-      barrier_init(barriers.Empty(s), 2 * Config::kCluster);
+      barrier_init(barriers.Empty(s), 2);
     }
     barrier_init_fence();
   }
-  if constexpr (Config::kCluster == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
-  const TileRange tiles{static_cast<int>(blockIdx.x) / Config::kCluster,
-                        static_cast<int>(gridDim.x) / Config::kCluster,
-                        arguments.tiles_m * arguments.tiles_n};
+  __syncthreads();
+  const BlockWork work = DescribeWork(arguments);
 
   if (threadIdx.x < 128) {
     give_registers<40>();
-    if (threadIdx.x == 0) Produce(arguments, ring, barriers, tiles, rank);
+    if (threadIdx.x == 0) Produce(arguments, ring, barriers, work, false);
+    if (threadIdx.x == 32) Produce(arguments, ring, barriers, work, true);
   } else {
     take_registers<232>();
-    uint8_t* const slabs = shared + (ring - start) + Config::kRingBytes;
-    Consume(arguments, ring, barriers, reinterpret_cast<float*>(slabs), tiles, rank);
+    Consume(arguments, ring, barriers, work);
   }
-  // A block's memory must outlive what the other one sends to it.
-  if constexpr (Config::kCluster > 1) cluster_sync();
 #else
   __trap();  // the host chooses this kernel on sm_90 alone
 #endif
 }
 
 template <class Config>
-HopperKernel DescribeHopper(const char* name, int32_t dtype, MathLevel math) {
+HopperKernel DescribeHopper(const char* name, MathLevel math) {
   return {name,
           reinterpret_cast<const void*>(&HopperGemm<Config>),
-          dtype,
           math,
           Config::kM,
           Config::kN,
-          Config::kCluster,
+          Config::kChains,
           Config::kSharedBytes};
 }
 

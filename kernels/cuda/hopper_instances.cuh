@@ -1,4 +1,4 @@
-// The tiles of the Hopper route for one input type; see hopper_*.cu.
+// The tiles of the Hopper route for one math policy; see hopper_*.cu.
 
 #ifndef FXFUSE_CUDA_HOPPER_INSTANCES_CUH_
 #define FXFUSE_CUDA_HOPPER_INSTANCES_CUH_
@@ -8,19 +8,21 @@
 
 namespace fxfuse {
 
+// Of the kernels for chains and for any program, tiles of 256, 128 and 64 columns.
 struct HopperNames {
-  const char *wide, *middle, *narrow, *middle_f32;
+  const char* chain[3];
+  const char* any[3];
 };
 
-// `Math`, of level `level`, serves outputs of the input's type; the last kernel any output.
-template <class Input, class Math>
-HopperKernels InstantiateHopper(const HopperNames& names, int32_t dtype, MathLevel level) {
+template <class Math>
+HopperKernels InstantiateHopper(const HopperNames& names, MathLevel level) {
   static const HopperKernel kernels[] = {
-      DescribeHopper<HopperConfig<Input, Math, 256, 4, 1>>(names.wide, dtype, level),
-      DescribeHopper<HopperConfig<Input, Math, 128, 6, 1>>(names.middle, dtype, level),
-      DescribeHopper<HopperConfig<Input, Math, 64, 8, 1>>(names.narrow, dtype, level),
-      DescribeHopper<HopperConfig<Input, DeviceMath, 128, 6, 1>>(names.middle_f32, dtype,
-                                                                 MathLevel::kExact),
+      DescribeHopper<HopperConfig<Math, true, 256, 4>>(names.chain[0], level),
+      DescribeHopper<HopperConfig<Math, true, 128, 7>>(names.chain[1], level),
+      DescribeHopper<HopperConfig<Math, true, 64, 9>>(names.chain[2], level),
+      DescribeHopper<HopperConfig<Math, false, 256, 4>>(names.any[0], level),
+      DescribeHopper<HopperConfig<Math, false, 128, 7>>(names.any[1], level),
+      DescribeHopper<HopperConfig<Math, false, 64, 9>>(names.any[2], level),
   };
   return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
 }

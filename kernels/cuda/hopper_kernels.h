@@ -9,13 +9,26 @@
 
 namespace fxfuse {
 
+// How B reaches shared memory, and with it which columns a lane's accumulators are.
+enum class LayoutB : int32_t {
+  kInterleaved,  // B [N, K], N a multiple of 32: rows in an order that leaves lanes adjacent
+                 // columns
+  kRows,         // B [N, K], rows in their own order
+  kColumns       // B [K, N]
+};
+
 struct HopperArguments {
-  CUtensorMap a;             // A [M, K] in boxes of a tile's rows by 64
-  CUtensorMap b;             // B [N, K] in boxes of a tile's columns, divided by the cluster, by 64
-  int32_t stages;            // of 64 along K
-  int32_t tiles_m, tiles_n;  // tiles_m counts clusters of tiles
-  int32_t first;             // instruction the epilogue begins with: 1 where the mainloop adds bias
-  const void* bias;          // what the accumulators start with, in pairs; null for zeros
+  CUtensorMap a;  // A [M, K] in boxes of box_a rows by 64
+  CUtensorMap b;  // B in boxes of box_b rows by 64, or of 64 columns by 64 rows
+  LayoutB layout_b;
+  int32_t box_a, box_b;
+  int32_t half;    // inputs are fp16, not bf16
+  int32_t stages;  // of 64 along K, over all of the split
+  int32_t split;   // blocks that divide K among them, a cluster: 1, 2, 4 or 8
+  int32_t tiles_m, tiles_n;
+  // Null, or what undoes the scaling of A's and B's rows: acc * (root_a[m] * root_b[n])^2.
+  const float* root_a;
+  const float* root_b;
   DeviceProgram program;
 };
 static_assert(sizeof(HopperArguments) <= 4096, "the limit of kernel parameters");
@@ -23,20 +36,21 @@ static_assert(sizeof(HopperArguments) <= 4096, "the limit of kernel parameters")
 struct HopperKernel {
   const char* name;
   const void* function;
-  int32_t input_dtype;  // fxfuse_dtype
   MathLevel math;
   int16_t tile_m, tile_n;
-  int16_t cluster;  // blocks along M that share B
+  bool chains;  // serves chains alone (DeviceProgram::chain_count), faster
   int32_t shared_bytes;
 };
 
 constexpr int kHopperThreads = 384;
-constexpr int kMaxHopperKernels = 24;
+constexpr int kMaxHopperKernels = 16;
+constexpr int kMaxSplit = 8;  // the largest cluster every GPU accepts
 
 // The instantiations, in hopper_*.cu.
 using HopperKernels = KernelList<HopperKernel>;
-HopperKernels HopperBf16();
-HopperKernels HopperF16();
+HopperKernels HopperFast();
+HopperKernels HopperHalf();
+HopperKernels HopperExact();
 
 }  // namespace fxfuse
 

@@ -18,9 +18,17 @@ PFN_cuTensorMapEncodeTiled_v12000 FindEncoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
 }
 
-// Describes rows [rows, k] of 16-bit elements in boxes of `box_rows` by 64.
-fxfuse_status EncodeRows(const char* call, const char* name, const void* data, int64_t rows,
-                         int64_t k, int64_t stride, int dtype, int box_rows, CUtensorMap* map) {
+// A tensor of 16-bit elements, and the box of it that one copy brings. Dimensions go from the
+// innermost, of adjacent elements; strides are in elements, from the second dimension on.
+struct Tensor {
+  int rank;
+  int64_t size[5];
+  int64_t stride[4];
+  int box[5];
+};
+
+fxfuse_status Encode(const char* call, const char* name, const void* data, int dtype,
+                     const Tensor& tensor, CUtensorMap* map) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = FindEncoder();
   if (encode == nullptr) {
     return Fail(FXFUSE_RUNTIME_ERROR, "%s: the driver has no cuTensorMapEncodeTiled (CUDA 12.0)",
@@ -28,85 +36,156 @@ fxfuse_status EncodeRows(const char* call, const char* name, const void* data, i
   }
   const CUtensorMapDataType type =
       dtype == FXFUSE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  // The stride of a single row is moot, but must pass the encoder's check all the same.
-  const int64_t row_stride = rows > 1 ? stride : CeilDivide(k, 8) * 8;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_stride) * 2};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t element_strides[] = {1, 1};
+  constexpr cuuint32_t kSteps[] = {1, 1, 1, 1, 1};
+  cuuint64_t sizes[5], strides[4];
+  cuuint32_t box[5];
+  for (int i = 0; i < tensor.rank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(tensor.size[i]);
+    box[i] = static_cast<cuuint32_t>(tensor.box[i]);
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(tensor.stride[i - 1]) * 2;
+  }
   const CUresult result =
-      encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, element_strides,
+      encode(map, type, tensor.rank, const_cast<void*>(data), sizes, strides, box, kSteps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return FXFUSE_OK;
   return Fail(FXFUSE_RUNTIME_ERROR, "%s: cuTensorMapEncodeTiled of %s [%lld, %lld]: error %d", call,
-              name, static_cast<long long>(rows), static_cast<long long>(k),
+              name, static_cast<long long>(tensor.size[1]), static_cast<long long>(tensor.size[0]),
               static_cast<int>(result));
 }
 
-// What a tile of 128 rows costs in cycles of an SM: for each stage of 64 along K, and once for its
-// epilogue.
+// The stride of a single row is moot, but must pass the encoder's check all the same.
+int64_t RowStride(int64_t rows, int64_t width, int64_t stride) {
+  return rows > 1 ? stride : CeilDivide(width, 8) * 8;
+}
+
+// Rows of a box: of a whole tile where all tiles are whole, else few, so that a tile at the edge of
+// the matrix need not bring what is outside.
+int ChooseBox(int64_t rows, int tile_rows) {
+  if (rows % tile_rows == 0) return tile_rows;
+  return rows <= 32 ? static_cast<int>(CeilDivide(rows, 8) * 8) : 32;
+}
+
+Tensor DescribeA(const fxfuse_problem& problem, int box) {
+  return {2, {problem.k, problem.m}, {RowStride(problem.m, problem.k, problem.lda)}, {64, box}};
+}
+
+// Planes are allocated up to a multiple of 32 rows.
+LayoutB ChooseLayoutB(const fxfuse_problem& problem) {
+  if (problem.b_transposed) return LayoutB::kColumns;
+  return problem.n % 32 == 0 || problem.scaled ? LayoutB::kInterleaved : LayoutB::kRows;
+}
+
+// Row 32 u + 8 q + 2 j + e of B becomes row 32 u + 8 j + 2 q + e of a tile: as a tensor, B's rows
+// have the dimensions e, q, j, u.
+Tensor DescribeB(const fxfuse_problem& problem, LayoutB layout, int box) {
+  const int64_t n = problem.n, k = problem.k;
+  const int64_t row = RowStride(n, k, problem.ldb);
+  if (layout == LayoutB::kInterleaved) {
+    return {5,
+            {k, 2, 4, 4, CeilDivide(n, 32)},
+            {row, 8 * row, 2 * row, 32 * row},
+            {64, 2, 4, 4, box / 32}};
+  }
+  if (layout == LayoutB::kRows) return {2, {k, n}, {row}, {64, box}};
+  return {2, {n, k}, {RowStride(k, n, problem.ldb)}, {64, 64}};
+}
+
+int ChooseBoxB(const fxfuse_problem& problem, LayoutB layout, int tile_columns) {
+  if (layout == LayoutB::kColumns) return 64;
+  if (layout == LayoutB::kInterleaved) return problem.n % tile_columns == 0 ? tile_columns : 32;
+  return ChooseBox(problem.n, tile_columns);
+}
+
+// What a tile of 128 rows costs, in nanoseconds: for each stage of 64 along K, once for all else,
+// and for adding up what the blocks of a cluster have got.
 struct TileCost {
   int16_t tile_n;
-  int16_t cluster;
-  int stage;
-  int once;
+  double stage;
+  double once;
+  double reduction;
 };
 
-// Fitted to bias -> add -> relu on an H200 at 45 shapes (scripts/bench_routes.py).
-constexpr TileCost kTileCosts[] = {{256, 1, 1150, 24000}, {128, 1, 560, 10000}, {64, 1, 350, 3900}};
+constexpr TileCost kTileCosts[] = {
+#include "hopper_costs.inc"
+};
 
-const TileCost& CostOf(const HopperKernel& kernel) {
-  for (const TileCost& cost : kTileCosts) {
-    if (cost.tile_n == kernel.tile_n && cost.cluster == kernel.cluster) return cost;
-  }
-  return kTileCosts[0];
+double Cost(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
+            const DeviceLimits& device) {
+  const TileCost* cost = kTileCosts;
+  while (cost->tile_n != kernel.tile_n) ++cost;
+  const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), split);
+  const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
+  const int64_t turns = CeilDivide(tiles, device.hopper_clusters[split]);
+  return turns * (stages * cost->stage + cost->once) + (split > 1 ? cost->reduction : 0);
 }
 
-int64_t Cost(const HopperKernel& kernel, const fxfuse_problem& problem,
-             const DeviceLimits& device) {
-  const int64_t stages = CeilDivide(problem.k, 64);
-  const int64_t clusters =
-      CeilDivide(problem.m, kernel.tile_m * kernel.cluster) * CeilDivide(problem.n, kernel.tile_n);
-  const int64_t per_block = CeilDivide(clusters, device.hopper_clusters[kernel.cluster - 1]);
-  const TileCost& cost = CostOf(kernel);
-  return per_block * (stages * cost.stage + cost.once);
+// Whether K may be divided: every block gets a stage, and no SM a second tile.
+bool CanDivide(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
+               const DeviceLimits& device) {
+  const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
+  return split == 1 ||
+         (CeilDivide(problem.k, 64) >= split && tiles <= device.hopper_clusters[split]);
 }
 
-// The launch of `blocks` blocks; `cluster` is storage the result refers to.
-cudaLaunchConfig_t Configure(const HopperKernel& kernel, int blocks, void* stream,
+// The launch of `blocks` blocks in clusters of `split`; `cluster` is storage the result refers to.
+cudaLaunchConfig_t Configure(const HopperKernel& kernel, int64_t blocks, int split, void* stream,
                              cudaLaunchAttribute* cluster) {
   cluster->id = cudaLaunchAttributeClusterDimension;
-  cluster->val.clusterDim = {static_cast<unsigned>(kernel.cluster), 1, 1};
+  cluster->val.clusterDim = {static_cast<unsigned>(split), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kHopperThreads);
   config.dynamicSmemBytes = static_cast<size_t>(kernel.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = cluster;
-  config.numAttrs = kernel.cluster > 1 ? 1 : 0;
+  config.numAttrs = split > 1 ? 1 : 0;
   return config;
+}
+
+fxfuse_status CudaFailure(const char* call, const HopperKernel& kernel, cudaError_t error) {
+  cudaGetLastError();  // taken off the runtime's record: it has been told once
+  return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, kernel.name, cudaGetErrorString(error));
 }
 
 }  // namespace
 
 HopperKernels AllHopperKernels() {
-  static const KernelTable<HopperKernel, kMaxHopperKernels> table = {HopperBf16(), HopperF16()};
+  static const KernelTable<HopperKernel, kMaxHopperKernels> table = {HopperFast(), HopperHalf(),
+                                                                     HopperExact()};
   return table.List();
 }
 
-const HopperKernel* ChooseHopper(const fxfuse_problem& problem, bool aligned,
-                                 const DeviceLimits& device) {
-  if (!device.hopper || !aligned || problem.k == 0) return nullptr;
-  return BestKernel(
-      AllHopperKernels(), problem, [](const HopperKernel&) { return true; },
-      [&](const HopperKernel& kernel) { return Cost(kernel, problem, device); });
+HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, bool aligned,
+                          const DeviceLimits& device) {
+  HopperChoice best;
+  const bool halves = problem.input_dtype == FXFUSE_F16 || problem.input_dtype == FXFUSE_BF16;
+  if (!device.hopper || !aligned || !halves || problem.k == 0) return best;
+  const HopperKernels all = AllHopperKernels();
+  const MathLevel math = RequiredMath(problem);
+  const bool chain = IsChain(problem, pointers);
+  double best_cost = 0;
+  for (int i = 0; i < all.count; ++i) {
+    const HopperKernel& kernel = all.kernel[i];
+    if (kernel.math < math || kernel.chains != (chain && math < MathLevel::kExact)) continue;
+    for (int split = 1; split <= kMaxSplit; split *= 2) {
+      if (!CanDivide(kernel, split, problem, device)) break;
+      if (problem.tile != 0 && problem.tile != 16 * kernel.tile_n + split) continue;
+      const double cost = Cost(kernel, split, problem, device);
+      const bool cheaper =
+          best.kernel != nullptr && kernel.math == best.kernel->math && cost < best_cost;
+      if (best.kernel == nullptr || kernel.math < best.kernel->math || cheaper) {
+        best = {&kernel, split};
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
 }
 
 fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
   const HopperKernels all = AllHopperKernels();
-  device->hopper_clusters[0] = device->sm_count;
-  device->hopper_clusters[1] = device->sm_count / 2;
+  for (int& clusters : device->hopper_clusters) clusters = device->sm_count;
   for (int i = 0; i < all.count; ++i) {
     const HopperKernel& kernel = all.kernel[i];
     cudaFuncAttributes attributes;
@@ -115,58 +194,57 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
       error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    kernel.shared_bytes);
     }
-    // Both blocks of a pair must sit in one group of SMs, so there may be fewer pairs than half the
-    // SMs; one pair too many would run alone after all the others.
-    if (error == cudaSuccess && kernel.cluster > 1) {
+    // All blocks of a cluster must sit in one group of SMs, so there may be fewer clusters than SMs
+    // would allow.
+    for (int split = 2; error == cudaSuccess && split <= kMaxSplit; split *= 2) {
       cudaLaunchAttribute cluster;
-      cudaLaunchConfig_t config = Configure(kernel, device->sm_count / 2 * 2, nullptr, &cluster);
+      const cudaLaunchConfig_t config =
+          Configure(kernel, device->sm_count / split * split, split, nullptr, &cluster);
       int clusters = 0;
       error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &config);
-      device->hopper_clusters[1] = std::min(device->hopper_clusters[1], clusters);
+      device->hopper_clusters[split] = std::min(device->hopper_clusters[split], clusters);
     }
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, kernel.name, cudaGetErrorString(error));
-    }
+    if (error != cudaSuccess) return CudaFailure(call, kernel, error);
   }
   return FXFUSE_OK;
 }
 
 fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                           const DeviceLimits& device, const HopperKernel& kernel, void* stream) {
+                           const DeviceLimits& device, const HopperChoice& choice, void* stream) {
+  const HopperKernel& kernel = *choice.kernel;
   HopperArguments arguments;
-  fxfuse_status status = EncodeRows(call, "A", pointers[FXFUSE_PTR_A], problem.m, problem.k,
-                                    problem.lda, problem.input_dtype, kernel.tile_m, &arguments.a);
+  arguments.layout_b = ChooseLayoutB(problem);
+  arguments.box_a = ChooseBox(problem.m, kernel.tile_m);
+  arguments.box_b = ChooseBoxB(problem, arguments.layout_b, kernel.tile_n);
+  fxfuse_status status = Encode(call, "A", pointers[FXFUSE_PTR_A], problem.input_dtype,
+                                DescribeA(problem, arguments.box_a), &arguments.a);
   if (status != FXFUSE_OK) return status;
-  status = EncodeRows(call, "B", pointers[FXFUSE_PTR_B], problem.n, problem.k, problem.ldb,
-                      problem.input_dtype, kernel.tile_n / kernel.cluster, &arguments.b);
+  status = Encode(call, "B", pointers[FXFUSE_PTR_B], problem.input_dtype,
+                  DescribeB(problem, arguments.layout_b, arguments.box_b), &arguments.b);
   if (status != FXFUSE_OK) return status;
-  arguments.stages = static_cast<int32_t>(CeilDivide(problem.k, 64));
-  const int64_t tiles_m = CeilDivide(problem.m, int64_t{kernel.tile_m} * kernel.cluster);
+  const int64_t tiles_m = CeilDivide(problem.m, kernel.tile_m);
   const int64_t tiles_n = CeilDivide(problem.n, kernel.tile_n);
-  if (tiles_m * tiles_n > INT32_MAX / 2) {
+  if (tiles_m * tiles_n > INT32_MAX / kMaxSplit) {
     return Fail(FXFUSE_UNSUPPORTED, "%s: %lld tiles, %s takes up to %d", call,
-                static_cast<long long>(tiles_m * tiles_n), kernel.name, INT32_MAX / 2);
+                static_cast<long long>(tiles_m * tiles_n), kernel.name, INT32_MAX / kMaxSplit);
   }
+  arguments.half = problem.input_dtype == FXFUSE_F16;
+  arguments.stages = static_cast<int32_t>(CeilDivide(problem.k, 64));
+  arguments.split = choice.split;
   arguments.tiles_m = static_cast<int32_t>(tiles_m);
   arguments.tiles_n = static_cast<int32_t>(tiles_n);
+  arguments.root_a = problem.scaled ? static_cast<float*>(pointers[FXFUSE_PTR_ROOT_A]) : nullptr;
+  arguments.root_b = problem.scaled ? static_cast<float*>(pointers[FXFUSE_PTR_ROOT_B]) : nullptr;
   TranslateProgram(problem, pointers, &arguments.program);
-  // Its first instruction adds the bias, unless the accumulators can begin with it.
-  const void* bias = problem.has_bias ? pointers[FXFUSE_PTR_BIAS] : nullptr;
-  const bool paired = problem.n % 2 == 0 && reinterpret_cast<uintptr_t>(bias) % 4 == 0;
-  arguments.bias = paired ? bias : nullptr;
-  arguments.first = arguments.bias != nullptr ? 1 : 0;
-
-  const int64_t resident = device.hopper_clusters[kernel.cluster - 1];
-  const int clusters = static_cast<int>(std::min(tiles_m * tiles_n, resident));
+  // A divided tile is a cluster's only one: the ring serves the reduction in the end.
+  const int64_t clusters =
+      choice.split > 1 ? tiles_m * tiles_n : std::min<int64_t>(tiles_m * tiles_n, device.sm_count);
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = Configure(kernel, clusters * kernel.cluster, stream, &cluster);
+  const cudaLaunchConfig_t config =
+      Configure(kernel, clusters * choice.split, choice.split, stream, &cluster);
   void* parameters[] = {&arguments};
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, parameters);
-  if (error == cudaSuccess) return FXFUSE_OK;
-  cudaGetLastError();
-  return Fail(FXFUSE_RUNTIME_ERROR, "%s: launch of %s: %s", call, kernel.name,
-              cudaGetErrorString(error));
+  return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, kernel, error);
 }
 
 }  // namespace fxfuse

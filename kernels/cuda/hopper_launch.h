@@ -9,14 +9,20 @@
 
 namespace fxfuse {
 
+// A kernel, and how many blocks divide K among them.
+struct HopperChoice {
+  const HopperKernel* kernel = nullptr;
+  int split = 1;
+};
+
 // All kernels of the route.
 HopperKernels AllHopperKernels();
 
-// The fastest kernel of the route for a problem, or null where none serves it: inputs of 32 bits,
+// The fastest way for the route to serve a problem; no kernel where it cannot: inputs of 32 bits,
 // rows that do not start at multiples of 16 bytes (`aligned` false), K = 0, a device that is no
-// sm_90.
-const HopperKernel* ChooseHopper(const fxfuse_problem& problem, bool aligned,
-                                 const DeviceLimits& device);
+// sm_90. `pointers` as in fxfuse_cuda_run, or null.
+HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, bool aligned,
+                          const DeviceLimits& device);
 
 // Loads the kernels, raises their shared-memory limits and counts the clusters that fit the current
 // device.
@@ -24,7 +30,7 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device);
 
 // Enqueues one kernel; as in launch.h.
 fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                           const DeviceLimits& device, const HopperKernel& kernel, void* stream);
+                           const DeviceLimits& device, const HopperChoice& choice, void* stream);
 
 }  // namespace fxfuse
 

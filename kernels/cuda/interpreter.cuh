@@ -199,34 +199,45 @@ struct Interpreter {
     for (int j = 0; j < kStep; ++j) x[kSize - kStep + j] = head[j];
   }
 
+  // Whether vectors of the fragment's width lie wholly inside the matrix or wholly outside.
+  static __device__ __forceinline__ bool WholeVectors(const DeviceProgram& program) {
+    return program.columns % Fragment::kWidth == 0;
+  }
+
+  // A column to read group `g` from: the fragment's own, or a valid one where that is outside.
+  static __device__ __forceinline__ uint32_t ReadColumn(const DeviceProgram& program,
+                                                        const Fragment& at, int g) {
+    return min(at.Column(g), program.columns - Fragment::kWidth);
+  }
+
   static __device__ __forceinline__ void Load(const DeviceProgram& program,
                                               const DeviceOperand& operand, const Fragment& at,
                                               Values& t) {
-    constexpr int kWidth = Fragment::kWidth;
-    const bool whole = operand.access == Access::kVector && at.Column() + kWidth <= program.columns;
-    if (whole && operand.row_stride == 0) {  // the same for all rows
-      float row[kWidth];
-      const int64_t offset[1] = {at.Column()};
-      LoadVectors<kWidth, 1>(operand.data, operand.dtype, offset, row);
+    constexpr int kWidth = Fragment::kWidth, kRows = Fragment::kRows, kBlocks = Fragment::kBlocks;
+    const bool vector = operand.access == Access::kVector && WholeVectors(program);
+    if (vector && operand.row_stride == 0) {  // the same for all rows
+      int64_t offset[kBlocks];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) t[j] = row[j % kWidth];
-    } else if (whole) {
+      for (int b = 0; b < kBlocks; ++b) offset[b] = ReadColumn(program, at, b * kRows);
+      float row[kWidth * kBlocks];
+      LoadVectors<kWidth, kBlocks>(operand.data, operand.dtype, offset, row);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) t[j] = row[j / (kWidth * kRows) * kWidth + j % kWidth];
+    } else if (vector) {
       int64_t offset[Fragment::kGroups];
 #pragma unroll
       for (int g = 0; g < Fragment::kGroups; ++g) {
-        offset[g] = OperandRow(program, operand, at.Row(g)) + at.Column();
+        offset[g] = OperandRow(program, operand, at.Row(g)) + ReadColumn(program, at, g);
       }
       LoadVectors<kWidth, Fragment::kGroups>(operand.data, operand.dtype, offset, t);
     } else if (operand.access == Access::kBroadcast) {
-      int64_t offset[Fragment::kGroups];
+      int64_t offset[kRows];
 #pragma unroll
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        offset[g] = OperandRow(program, operand, at.Row(g));
-      }
-      float value[Fragment::kGroups];
-      LoadElements<Fragment::kGroups>(operand.data, operand.dtype, offset, value);
+      for (int r = 0; r < kRows; ++r) offset[r] = OperandRow(program, operand, at.Row(r));
+      float value[kRows];
+      LoadElements<kRows>(operand.data, operand.dtype, offset, value);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth];
+      for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth % kRows];
     } else {
 #pragma unroll 1
       for (int g = 0; g < Fragment::kGroups; ++g) {
@@ -234,7 +245,7 @@ struct Interpreter {
         int64_t offset[kWidth];
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          offset[j] = row + min(at.Column() + j, program.columns - 1) * operand.column_stride;
+          offset[j] = row + min(at.Column(g) + j, program.columns - 1) * operand.column_stride;
         }
         float value[kWidth];
         LoadElements<kWidth>(operand.data, operand.dtype, offset, value);
@@ -258,11 +269,11 @@ struct Interpreter {
                                                const DeviceOutput& output, const Fragment& at,
                                                Values& v) {
     constexpr int kWidth = Fragment::kWidth;
-    if (output.vector && at.Column() + kWidth <= program.columns) {
+    if (output.vector && WholeVectors(program)) {
 #pragma unroll
       for (int g = 0; g < Fragment::kGroups; ++g) {
-        if (at.Row(g) >= program.rows) continue;
-        const int64_t offset = at.Row(g) * output.row_stride + at.Column();
+        if (at.Row(g) >= program.rows || at.Column(g) >= program.columns) continue;
+        const int64_t offset = at.Row(g) * output.row_stride + at.Column(g);
         StoreVector<kWidth>(output.data, output.dtype, offset, v + g * kWidth);
       }
       return;
@@ -270,10 +281,10 @@ struct Interpreter {
 #pragma unroll 1
     for (int g = 0; g < Fragment::kGroups; ++g) {
       if (at.Row(g) < program.rows) {
-        const int64_t offset = at.Row(g) * output.row_stride + at.Column();
+        const int64_t offset = at.Row(g) * output.row_stride + at.Column(g);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          if (at.Column() + j < program.columns) {
+          if (at.Column(g) + j < program.columns) {
             StoreElement(output.data, output.dtype, offset + j, v[j]);
           }
         }

@@ -42,7 +42,7 @@ inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Kernel, class Serves, class Cost>
 const Kernel* BestKernel(const KernelList<Kernel>& all, const fxfuse_problem& problem,
                          Serves serves, Cost cost) {
-  const MathLevel math = RequiredMath(problem.program);
+  const MathLevel math = RequiredMath(problem);
   const Kernel* best = nullptr;
   int64_t best_cost = 0;
   for (int i = 0; i < all.count; ++i) {

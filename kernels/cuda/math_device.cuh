@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 
 #include "../pointwise.h"
+#include "device_program.h"
 
 namespace fxfuse {
 namespace device_math {
@@ -67,6 +68,7 @@ static __device__ __forceinline__ SigmoidPair InOrder(float x, float small, floa
 }  // namespace device_math
 
 struct DeviceMath {
+  static constexpr MathLevel kLevel = MathLevel::kExact;
   static FXFUSE_HD float abs(float x) { return fabsf(x); }
   static FXFUSE_HD float min(float a, float b) { return device_math::Min(a, b); }
   static FXFUSE_HD float max(float a, float b) { return device_math::Max(a, b); }
@@ -139,6 +141,7 @@ struct DeviceMath {
 
 // What is left at DeviceMath's form is either cheap already or rare.
 struct DeviceHalfMath : DeviceMath {
+  static constexpr MathLevel kLevel = MathLevel::kHalf;
   static FXFUSE_HD float sixth(float x) { return x * (1.0f / 6.0f); }
   static FXFUSE_HD float exp(float x) { return __expf(x); }
   static FXFUSE_HD float expm1(float x) {
@@ -192,22 +195,6 @@ struct DeviceHalfMath : DeviceMath {
     const float n = e * (e + 2.0f);
     return x * (n * device_math::Rcp(n + 2.0f));
   }
-};
-
-// Relative errors matter, not only absolute ones: where all inputs lie in the negative tail, the
-// tail is the result. So a sigmoid stays an exponential and a reciprocal, and gelu is built on the
-// complement of erf.
-struct DeviceFastMath : DeviceHalfMath {
-  static FXFUSE_HD float tanh(float x) { return device_math::Tanh(x); }
-  // erf(z) = tanh(z q(z^2)): q fitted to atanh(erf(z)) / z on [0, 3] with error below 2^-14 in
-  // erf; beyond, the tanh saturates.
-  static FXFUSE_HD float erf(float z) {
-    const float t = device_math::Max(-5.0f, device_math::Min(z, 5.0f));
-    const float u = t * t;
-    float q = fmaf(u, -0.00148834288f, 0.103454955f);
-    q = fmaf(u, q, 1.12833643f);
-    return device_math::Tanh(t * q);
-  }
   // x Phi(x)
   static FXFUSE_HD float gelu(float x) {
     const float tail = NormalTail(x, Bell(x));
@@ -220,7 +207,6 @@ struct DeviceFastMath : DeviceHalfMath {
     return fmaf(x, device_math::kDensityAtZero * bell, x > 0.0f ? 1.0f - tail : tail);
   }
 
- private:
   static FXFUSE_HD float Bell(float x) {  // exp(-x^2 / 2)
     return device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
   }
@@ -233,6 +219,23 @@ struct DeviceFastMath : DeviceHalfMath {
     p = fmaf(t, p, -0.142248368f);
     p = fmaf(t, p, 0.127414796f);
     return p * t * bell;
+  }
+};
+
+// Relative errors matter, not only absolute ones: where all inputs lie in the negative tail, the
+// tail is the result. So a sigmoid stays an exponential and a reciprocal, and gelu is built on the
+// complement of erf.
+struct DeviceFastMath : DeviceHalfMath {
+  static constexpr MathLevel kLevel = MathLevel::kFast;
+  static FXFUSE_HD float tanh(float x) { return device_math::Tanh(x); }
+  // erf(z) = tanh(z q(z^2)): q fitted to atanh(erf(z)) / z on [0, 3] with error below 2^-14 in
+  // erf; beyond, the tanh saturates.
+  static FXFUSE_HD float erf(float z) {
+    const float t = device_math::Max(-5.0f, device_math::Min(z, 5.0f));
+    const float u = t * t;
+    float q = fmaf(u, -0.00148834288f, 0.103454955f);
+    q = fmaf(u, q, 1.12833643f);
+    return device_math::Tanh(t * q);
   }
 };
 

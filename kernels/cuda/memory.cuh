@@ -40,9 +40,11 @@ __device__ __forceinline__ void StoreWords(void* to, const uint32_t (&word)[kWor
       reinterpret_cast<uint4*>(to)[i / 4] =
           make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]);
     }
-  } else {
-    static_assert(kWords == 2, "no such access");
+  } else if constexpr (kWords == 2) {
     *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+  } else {
+    static_assert(kWords == 1, "no such access");
+    *reinterpret_cast<uint32_t*>(to) = word[0];
   }
 }
 

@@ -35,7 +35,7 @@ class RawFragment {
       // Rows and columns past the end are read as the last ones and never stored.
       offset[g] = min(at.Row(g), from.program.rows - 1) * from.row_stride;
     }
-    const bool whole = from.vector && at.Column() + Fragment::kWidth <= from.program.columns;
+    const bool whole = from.vector && at.Column(0) + Fragment::kWidth <= from.program.columns;
     if (from.dtype == FXFUSE_F32) {
       LoadAs<uint32_t>(from, at, offset, whole);
     } else {
@@ -70,11 +70,11 @@ class RawFragment {
     for (int g = 0; g < Fragment::kGroups; ++g) {
       uint32_t word[kWords] = {};
       if (whole) {
-        LoadWords(data + offset[g] + at.Column(), word);
+        LoadWords(data + offset[g] + at.Column(0), word);
       } else {
 #pragma unroll
         for (int j = 0; j < Fragment::kWidth; ++j) {
-          const uint32_t column = min(at.Column() + j, from.program.columns - 1);
+          const uint32_t column = min(at.Column(0) + j, from.program.columns - 1);
           word[j / kPerWord] |= static_cast<uint32_t>(data[offset[g] + column])
                                 << (j % kPerWord * 16);
         }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     }
     at = position();
     if (Config::kPrefetch && row_block < arguments.row_blocks) raw.Load(arguments, at);
-    if (here.Column() < arguments.program.columns) {
+    if (here.Column(0) < arguments.program.columns) {
       Interpreter<Fragment, typename Config::Math>::Run(arguments.program, here, values);
     }
   }

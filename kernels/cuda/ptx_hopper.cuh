@@ -41,19 +41,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier of the same shared-memory offset in block `rank` of the cluster. Without
-// .release.cluster, which would be a fence of all memory: what is told is that reads are done.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-
 // Arrives, and announces `bytes` that bulk copies will yet bring in this phase.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -76,18 +63,40 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
-// The same box to the same offsets, data and barrier, of every block in `blocks` of the cluster.
-__device__ __forceinline__ void copy_box_multicast(uint32_t to, const CUtensorMap* map,
-                                                   uint32_t barrier, int x, int y,
-                                                   uint16_t blocks) {
+// The same of a 5-D tensor.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                         int x, int y, int z, int u, int v) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
       : "memory");
 }
 
+// Asks for the cache line of an address to be brought near.
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(from) : "memory");
+}
+
+// Asks for `bytes` of global memory to be brought to the L2; both are multiples of 16.
+__device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Clusters.
+
+// Which cluster of the grid this is, and of how many. A block launched without is one of its own.
+__device__ __forceinline__ int cluster_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+
+__device__ __forceinline__ int cluster_count() {
+  int count;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -100,6 +109,18 @@ __device__ __forceinline__ void cluster_sync() {
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
+}
+
+// Writes to the shared-memory offset `to` of block `rank` of the cluster.
+__device__ __forceinline__ void store_remote(uint32_t to, uint32_t rank, float4 value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n"
+      "}" ::"r"(to),
+      "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
 }
 
 // Registers: the producer gives up what the consumers take.
@@ -129,31 +150,39 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Describes K-major rows of 128 bytes with 128-byte swizzle at shared address `address` (a multiple
-// of 1024 plus a multiple of 32 below 128): eight rows every 1024 bytes.
-__device__ __forceinline__ uint64_t describe_rows(uint32_t address) {
+// How an operand of wgmma lies in shared memory, with 128-byte swizzle at a multiple of 1024.
+enum class Major {
+  kK,  // rows of 64 along K, 128 bytes each
+  kMN  // blocks of 64 along M or N: 64 rows, one for each k, of 128 bytes
+};
+
+// Describes an operand to wgmma. `address` may lie a multiple of 32 bytes below 128 along a row.
+template <Major kMajor>
+__device__ __forceinline__ uint64_t describe(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kUnused = uint64_t{1} << 16;  // the leading offset, fixed by the swizzle
-  return kSwizzle128 | kEightRows | kUnused | ((address & 0x3ffff) >> 4);
+  // From one block of 64 along N to the next; the swizzle fixes what it is along K.
+  constexpr uint64_t kBlock = uint64_t{kMajor == Major::kMN ? 64 * 128 >> 4 : 1} << 16;
+  return kSwizzle128 | kEightRows | kBlock | ((address & 0x3ffff) >> 4);
 }
 
-// What 32 bytes further along K add to a descriptor.
-constexpr uint64_t kDescriptorStep = 32 >> 4;
+// What 16 elements further along K add to a descriptor.
+template <Major kMajor>
+constexpr uint64_t kDescriptorStep = (kMajor == Major::kMN ? 16 * 128 : 32) >> 4;
 
 #define FXFUSE_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define FXFUSE_D16(i) FXFUSE_D4(i), FXFUSE_D4((i) + 4), FXFUSE_D4((i) + 8), FXFUSE_D4((i) + 12)
 #define FXFUSE_D64(i) \
   FXFUSE_D16(i), FXFUSE_D16((i) + 16), FXFUSE_D16((i) + 32), FXFUSE_D16((i) + 48)
 
-// d = a * b (+ d where `accumulate`): 64 rows of A and 256, 128 or 64 rows of B over 32 bytes of K.
-// d is the accumulator of one warpgroup.
-template <class Input>
+// d = a * b (+ d where `accumulate`): 64 rows of A and 256, 128 or 64 rows of B over 16 of K. d is
+// the accumulator of one warpgroup; A lies K-major, B as kMajor says.
+template <class Input, Major kMajor>
 struct Wgmma;
 
-#define FXFUSE_WGMMA(type, ptx)                                                              \
+#define FXFUSE_WGMMA(type, ptx, major, transpose)                                            \
   template <>                                                                                \
-  struct Wgmma<type> {                                                                       \
+  struct Wgmma<type, Major::major> {                                                         \
     static __device__ __forceinline__ void Multiply(float (&d)[128], uint64_t a, uint64_t b, \
                                                     int accumulate) {                        \
       asm volatile(                                                                          \
@@ -172,7 +201,8 @@ struct Wgmma;
           " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107,"             \
           " %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119,"         \
           " %120, %121, %122, %123, %124, %125, %126, %127},"                                \
-          " %128, %129, add, 1, 1, 0, 0;\n"                                                  \
+          " %128, %129, add, 1, 1, 0, " transpose                                            \
+          ";\n"                                                                              \
           "}"                                                                                \
           : FXFUSE_D64(0), FXFUSE_D64(64)                                                    \
           : "l"(a), "l"(b), "r"(accumulate));                                                \
@@ -190,7 +220,8 @@ struct Wgmma;
           " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"                     \
           " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"                     \
           " %60, %61, %62, %63},"                                                            \
-          " %64, %65, add, 1, 1, 0, 0;\n"                                                    \
+          " %64, %65, add, 1, 1, 0, " transpose                                              \
+          ";\n"                                                                              \
           "}"                                                                                \
           : FXFUSE_D64(0)                                                                    \
           : "l"(a), "l"(b), "r"(accumulate));                                                \
@@ -205,15 +236,18 @@ struct Wgmma;
           " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"                              \
           " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"                     \
           " %24, %25, %26, %27, %28, %29, %30, %31},"                                        \
-          " %32, %33, add, 1, 1, 0, 0;\n"                                                    \
+          " %32, %33, add, 1, 1, 0, " transpose                                              \
+          ";\n"                                                                              \
           "}"                                                                                \
           : FXFUSE_D16(0), FXFUSE_D16(16)                                                    \
           : "l"(a), "l"(b), "r"(accumulate));                                                \
     }                                                                                        \
   }
 
-FXFUSE_WGMMA(__nv_bfloat16, "bf16.bf16");
-FXFUSE_WGMMA(__half, "f16.f16");
+FXFUSE_WGMMA(__nv_bfloat16, "bf16.bf16", kK, "0");
+FXFUSE_WGMMA(__nv_bfloat16, "bf16.bf16", kMN, "1");
+FXFUSE_WGMMA(__half, "f16.f16", kK, "0");
+FXFUSE_WGMMA(__half, "f16.f16", kMN, "1");
 #undef FXFUSE_WGMMA
 #undef FXFUSE_D64
 #undef FXFUSE_D16

@@ -121,7 +121,7 @@ void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
 
   fxfuse_problem problem = {};
   problem.m = m, problem.n = n, problem.k = k, problem.lda = k, problem.ldb = k;
-  problem.input_dtype = dtype;
+  problem.input_dtype = problem.bias_dtype = dtype;
   problem.has_gemm = 1, problem.has_bias = 1;
   problem.program.operand_count = problem.program.output_count = 1;
   problem.program.operand[0] = {0, 1, 1, m, dtype, 0};
@@ -183,7 +183,7 @@ void TunePointwise(int dtype, int64_t m, int64_t n) {
   Fill<<<1024, 256>>>(row.data, dtype, n, 2);
   fxfuse_problem problem = {};
   problem.m = m, problem.n = n, problem.lda = n;
-  problem.input_dtype = dtype;
+  problem.input_dtype = problem.bias_dtype = dtype;
   fxfuse_program& program = problem.program;
   program.operand_count = program.output_count = 1;
   program.operand[0] = {0, 1, 1, m, dtype, 0};

@@ -114,26 +114,40 @@ typedef enum {
 } fxfuse_route;
 
 // One call. With has_gemm: A [M, K] and B [N, K], both with adjacent K (row strides lda, ldb in
-// elements), bias [N] or none, all of input_dtype; products of F32 inputs are taken in TF32.
-// Without: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B unused.
+// elements), of input_dtype, and bias [N] or none; products of F32 inputs are taken in TF32. With
+// b_transposed B is [K, N] with adjacent N, and ldb the stride of a row of that. With scaled A and B
+// are F16 planes as fxfuse_cuda_split leaves them, and element (m, n) of their product is
+// multiplied by (root_a[m] * root_b[n])^2 before the bias is added; rows of B up to the next
+// multiple of 32 must be readable, whatever they hold.
+// Without has_gemm: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B
+// unused.
 typedef struct {
   int64_t m, n, k;
   int64_t lda, ldb;
   int32_t input_dtype;
   int32_t has_gemm;
   int32_t has_bias;
+  int32_t bias_dtype;
+  int32_t b_transposed;
+  int32_t scaled;
   int32_t route;  // fxfuse_route
+  // For measurements of the Hopper route: 16 * the columns of a tile + the blocks that divide K; 0
+  // has the library choose.
+  int32_t tile;
   fxfuse_program program;
 } fxfuse_problem;
 
-// Addresses of one call, in this order: A, B, bias, operands, outputs. Unused entries are null.
+// Addresses of one call, in this order: A, B, bias, operands, outputs, roots. Unused entries are
+// null.
 // An output may be the accumulator matrix itself (same dtype and stride), nothing else overlaps.
 #define FXFUSE_PTR_A 0
 #define FXFUSE_PTR_B 1
 #define FXFUSE_PTR_BIAS 2
 #define FXFUSE_PTR_OPERAND 3
 #define FXFUSE_PTR_OUTPUT (FXFUSE_PTR_OPERAND + FXFUSE_MAX_OPERANDS)
-#define FXFUSE_PTR_COUNT (FXFUSE_PTR_OUTPUT + FXFUSE_MAX_OUTPUTS)
+#define FXFUSE_PTR_ROOT_A (FXFUSE_PTR_OUTPUT + FXFUSE_MAX_OUTPUTS)
+#define FXFUSE_PTR_ROOT_B (FXFUSE_PTR_ROOT_A + 1)
+#define FXFUSE_PTR_COUNT (FXFUSE_PTR_ROOT_B + 1)
 
 // The ABI version the library was built with.
 FXFUSE_API int fxfuse_abi_version(void);

@@ -1,0 +1,292 @@
+// Runs an epilogue program that is a plain chain (see ChainStep) over the accumulators of a warp
+// where they are: what Interpreter does for any program, at a fraction of the instructions. A step
+// is one branch to code that is unrolled over all accumulators, and operands stay packed until they
+// are used.
+
+#ifndef FXFUSE_CUDA_CHAIN_CUH_
+#define FXFUSE_CUDA_CHAIN_CUH_
+
+#include "device_program.h"
+#include "memory.cuh"
+#include "pointwise.h"
+
+namespace fxfuse {
+
+// A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on. The lane has the
+// rows `row` and `row + 8`, and of each block eight columns: adjacent ones if `adjacent`, else two
+// of every eight (then nothing is of 32 bits).
+template <class Math, int kBlocks>
+class Chain {
+ public:
+  static constexpr int kSize = 16 * kBlocks;
+  using Values = float[kSize];
+
+  // Fetches what every chain needs, of which chain_count is not 0. To be called well ahead of Run:
+  // constant memory that has not been read for a while is slow.
+  explicit __device__ __forceinline__ Chain(const DeviceProgram& program)
+      : program_(program),
+        first_codes_(static_cast<uint32_t>(program.chain_codes)),
+        more_codes_(static_cast<uint32_t>(program.chain_codes >> 32)),
+        rows_(static_cast<int>(program.rows)),
+        columns_(static_cast<int>(program.columns)),
+        output_(program.output[program.chain_output].data),
+        output_stride_(program.output[program.chain_output].row_stride) {
+    // Or the compiler would fetch them again where they are used.
+    asm volatile(""
+                 : "+r"(first_codes_), "+r"(more_codes_), "+r"(rows_), "+r"(columns_),
+                   "+l"(output_), "+l"(output_stride_));
+  }
+
+  // Runs the program over accumulators whose first row and column for this lane's warp are `row`
+  // and `column`.
+  __device__ __forceinline__ void Run(int row, int column, bool adjacent, Values& v) {
+    row_ = row + threadIdx.x % 32 / 4;
+    column_ = column;
+    adjacent_ = adjacent;
+    uint32_t codes = first_codes_;
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      const ChainCode code = static_cast<ChainCode>(codes & 15);
+      codes = i == 7 ? more_codes_ : codes >> 4;
+      const ChainStep& step = program_.chain[i];
+      switch (code) {
+#define FXFUSE_CHAIN(name)                   \
+  case ChainCode::name:                      \
+    Each<Opcode::name>(v, step.p0, step.p1); \
+    continue;
+        FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
+#undef FXFUSE_CHAIN
+        case ChainCode::add_constant:
+          AddConstant(v, step.p0);
+          continue;
+        case ChainCode::mul_constant:
+          MulConstant(v, step.p0);
+          continue;
+        case ChainCode::add_row:
+          CombineRow<Opcode::add>(step, v);
+          continue;
+        case ChainCode::mul_row:
+          CombineRow<Opcode::mul>(step, v);
+          continue;
+        case ChainCode::add_full:
+          CombineFull<Opcode::add>(step, v);
+          continue;
+        case ChainCode::mul_full:
+          CombineFull<Opcode::mul>(step, v);
+          continue;
+        case ChainCode::end:
+          break;
+      }
+      break;
+    }
+    if constexpr (Math::kLevel == MathLevel::kFast) {
+      Store<FXFUSE_BF16>(v);
+    } else {
+      const int dtype = program_.output[program_.chain_output].dtype;
+      if (dtype == FXFUSE_BF16) Store<FXFUSE_BF16>(v);
+      if (dtype == FXFUSE_F16) Store<FXFUSE_F16>(v);
+      if (dtype == FXFUSE_F32) Store<FXFUSE_F32>(v);
+    }
+  }
+
+  // Column `w` of the lane's eight in a block.
+  __device__ __forceinline__ int Column(int block, int w) const {
+    const int quad = threadIdx.x % 4;
+    return column_ + block * kBlockStep +
+           (adjacent_ ? 8 * quad + w : 8 * (w / 2) + 2 * quad + w % 2);
+  }
+
+  // The accumulator of column `w` in row half `h`, in the tensor cores' order: two columns of one
+  // row, two of the other, and on to the next pair.
+  static __host__ __device__ constexpr int Index(int block, int h, int w) {
+    return 4 * (4 * block + w / 2) + 2 * h + w % 2;
+  }
+
+ private:
+  static constexpr int kWidth = 8;
+  static constexpr int kBlockStep = 32;
+
+  template <int kDtype>
+  static constexpr int kWords = kWidth * DtypeSize(kDtype) / 4;
+
+  // Element `w` of a packed vector.
+  template <int kDtype>
+  static __device__ __forceinline__ float Unpack(const uint32_t (&word)[kWords<kDtype>], int w) {
+    if constexpr (kDtype == FXFUSE_F32) return __uint_as_float(word[w]);
+    if constexpr (kDtype == FXFUSE_F16) {
+      const float2 pair = UnpackF16(word[w / 2]);
+      return w % 2 ? pair.y : pair.x;
+    }
+    const float2 pair = UnpackBf16(word[w / 2]);
+    return w % 2 ? pair.y : pair.x;
+  }
+
+  // How many columns there are from the lane's first on. The compiler is told nothing about the
+  // number, or it would compare it with every column ahead of the loop over steps, and spill.
+  __device__ __forceinline__ int ColumnsLeft() const {
+    int left = columns_ - Column(0, 0);
+    asm volatile("" : "+r"(left));
+    return left;
+  }
+
+  // Blocks whose vectors are fetched at a time, 32 registers of them.
+  template <int kDtype>
+  static constexpr int kBatch = kBlocks * kWords<kDtype> > 32 ? 32 / kWords<kDtype> : kBlocks;
+
+  // The lane's columns of `kBatch` blocks from `first` on, of the matrix row that begins at `row`;
+  // zeros outside the matrix.
+  template <int kDtype>
+  __device__ __forceinline__ void LoadRow(const void* row, int first,
+                                          uint32_t (&word)[kBatch<kDtype>][kWords<kDtype>]) const {
+    constexpr int kBytes = DtypeSize(kDtype);
+    constexpr int kPairWords = kWords<kDtype> / 4;
+    const char* const from = static_cast<const char*>(row) + Column(first, 0) * kBytes;
+    const int left = ColumnsLeft() - first * kBlockStep;
+#pragma unroll
+    for (int b = 0; b < kBatch<kDtype>; ++b) {
+#pragma unroll
+      for (int i = 0; i < kWords<kDtype>; ++i) word[b][i] = 0;
+    }
+    if (kDtype == FXFUSE_F32 || adjacent_) {
+#pragma unroll
+      for (int b = 0; b < kBatch<kDtype>; ++b) {
+        if (b * kBlockStep < left) LoadWords(from + b * kBlockStep * kBytes, word[b]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4 * kBatch<kDtype>; ++i) {
+        if (i * kWidth >= left) continue;
+        uint32_t pair[kPairWords];
+        LoadWords(from + i * kWidth * kBytes, pair);
+#pragma unroll
+        for (int j = 0; j < kPairWords; ++j) word[i / 4][i % 4 * kPairWords + j] = pair[j];
+      }
+    }
+  }
+
+  template <Opcode op>
+  static __device__ __forceinline__ void Each(Values& v, float p0, float p1) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) v[j] = Apply<Math, op>(v[j], 0.0f, 0.0f, p0, p1);
+  }
+
+  static __device__ __forceinline__ void AddConstant(Values& v, float constant) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) v[j] += constant;
+  }
+
+  static __device__ __forceinline__ void MulConstant(Values& v, float constant) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) v[j] *= constant;
+  }
+
+  // Combines with an operand that is the same for all rows.
+  template <Opcode op>
+  __device__ __forceinline__ void CombineRow(const ChainStep& step, Values& v) const {
+    if constexpr (Math::kLevel == MathLevel::kFast) {
+      CombineRow<op, FXFUSE_BF16>(step.data, v);
+    } else {
+      if (step.dtype == FXFUSE_BF16) return CombineRow<op, FXFUSE_BF16>(step.data, v);
+      if (step.dtype == FXFUSE_F16) return CombineRow<op, FXFUSE_F16>(step.data, v);
+      CombineRow<op, FXFUSE_F32>(step.data, v);
+    }
+  }
+
+  template <Opcode op, int kDtype>
+  __device__ __forceinline__ void CombineRow(const void* data, Values& v) const {
+#pragma unroll
+    for (int first = 0; first < kBlocks; first += kBatch<kDtype>) {
+      uint32_t word[kBatch<kDtype>][kWords<kDtype>];
+      LoadRow<kDtype>(data, first, word);
+#pragma unroll
+      for (int b = 0; b < kBatch<kDtype>; ++b) {
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) {
+          const float other = Unpack<kDtype>(word[b], w);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& value = v[Index(first + b, h, w)];
+            value = Apply<Math, op>(value, other, 0.0f, 0.0f, 0.0f);
+          }
+        }
+      }
+    }
+  }
+
+  // Combines with an operand that has rows of its own.
+  template <Opcode op>
+  __device__ __forceinline__ void CombineFull(const ChainStep& step, Values& v) const {
+    if constexpr (Math::kLevel == MathLevel::kFast) {
+      CombineFull<op, FXFUSE_BF16>(step, v);
+    } else {
+      if (step.dtype == FXFUSE_BF16) return CombineFull<op, FXFUSE_BF16>(step, v);
+      if (step.dtype == FXFUSE_F16) return CombineFull<op, FXFUSE_F16>(step, v);
+      CombineFull<op, FXFUSE_F32>(step, v);
+    }
+  }
+
+  template <Opcode op, int kDtype>
+  __device__ __forceinline__ void CombineFull(const ChainStep& step, Values& v) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = min(row_ + 8 * h, rows_ - 1);
+      const char* const from =
+          static_cast<const char*>(step.data) + row * step.row_stride * DtypeSize(kDtype);
+#pragma unroll
+      for (int first = 0; first < kBlocks; first += kBatch<kDtype>) {
+        uint32_t word[kBatch<kDtype>][kWords<kDtype>];
+        LoadRow<kDtype>(from, first, word);
+#pragma unroll
+        for (int b = 0; b < kBatch<kDtype>; ++b) {
+#pragma unroll
+          for (int w = 0; w < kWidth; ++w) {
+            float& value = v[Index(first + b, h, w)];
+            value = Apply<Math, op>(value, Unpack<kDtype>(word[b], w), 0.0f, 0.0f, 0.0f);
+          }
+        }
+      }
+    }
+  }
+
+  template <int kDtype>
+  __device__ __forceinline__ void Store(const Values& v) const {
+    constexpr int kBytes = DtypeSize(kDtype);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = row_ + 8 * h;
+      if (row >= rows_) return;
+      char* const to = static_cast<char*>(output_) + (row * output_stride_ + Column(0, 0)) * kBytes;
+      const int left = ColumnsLeft();
+      if (kDtype == FXFUSE_F32 || adjacent_) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          float eight[kWidth];
+#pragma unroll
+          for (int w = 0; w < kWidth; ++w) eight[w] = v[Index(b, h, w)];
+          if (b * kBlockStep >= left) continue;
+          StoreVector<kWidth>(to + b * kBlockStep * kBytes, kDtype, 0, eight);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4 * kBlocks; ++i) {
+          const int w = i % 4 * 2;
+          const float pair[] = {v[Index(i / 4, h, w)], v[Index(i / 4, h, w + 1)]};
+          if (i * kWidth >= left) continue;
+          StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
+        }
+      }
+    }
+  }
+
+  const DeviceProgram& program_;
+  uint32_t first_codes_, more_codes_;
+  int rows_, columns_;
+  void* output_;
+  int64_t output_stride_;
+  int row_ = 0, column_ = 0;
+  bool adjacent_ = true;
+};
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_CHAIN_CUH_

@@ -1,0 +1,13 @@
+// Outputs of fp32.
+
+#include "hopper_instances.cuh"
+
+namespace fxfuse {
+
+HopperKernels HopperExact() {
+  static const HopperKernel kernel = DescribeHopper<HopperConfig<DeviceMath, false, 128, 7>>(
+      "hopper_128x128_exact", MathLevel::kExact);
+  return {&kernel, 1};
+}
+
+}  // namespace fxfuse

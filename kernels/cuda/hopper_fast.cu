@@ -1,0 +1,14 @@
+// All outputs bf16.
+
+#include "hopper_instances.cuh"
+
+namespace fxfuse {
+
+HopperKernels HopperFast() {
+  return InstantiateHopper<DeviceFastMath>(
+      {{"hopper_128x256_fast_chain", "hopper_128x128_fast_chain", "hopper_128x64_fast_chain"},
+       {"hopper_128x256_fast", "hopper_128x128_fast", "hopper_128x64_fast"}},
+      MathLevel::kFast);
+}
+
+}  // namespace fxfuse

@@ -1,0 +1,152 @@
+"""Write the Hopper route's static table of tile costs from measurements.
+
+    python scripts/tune.py --measure benchmarks/h200_tiles.json     on the GPU
+    python scripts/tune.py --fit benchmarks/h200_tiles.json         anywhere
+
+Measuring times every tile and every division of K over a grid of shapes: device time of a Linear
+with bias and GELU in bf16, from CUDA-graph replays rotated over operands larger than the L2
+together. Fitting finds, for each width of tile, the cost of a stage of K, of a tile's remainder and
+of a division of K that explain the times best, writes them to kernels/cuda/hopper_costs.inc, and
+says how much slower than the best measured choice the table's choices are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_routes import device_ms, operand_sets
+
+from fxfuse import library
+from fxfuse.library import Gemm, Pointers
+from fxfuse.program import parse
+
+TILES = (256, 128, 64)
+SPLITS = (1, 2, 4, 8)
+ROWS = (1, 16, 64, 128, 200, 256, 512, 1024, 2048, 4096)
+WEIGHTS = (
+    (512, 512),
+    (1024, 1024),
+    (4096, 1024),
+    (1024, 4096),
+    (4096, 4096),
+    (512, 16384),
+    (3072, 768),
+    (8192, 8192),
+    (11008, 4096),
+)
+COSTS = Path(__file__).parent.parent / "kernels" / "cuda" / "hopper_costs.inc"
+
+
+def measure(m: int, n: int, k: int) -> Iterator[dict[str, Any]]:
+    """One line for each tile and division that serves the shape."""
+    lib = library.find("fxfuse_cuda")
+    if isinstance(lib, library.LibraryError):
+        raise lib
+    dtype = torch.bfloat16
+    xs, weights = operand_sets(m, n, k, dtype)
+    bias = torch.randn(n, device="cuda").to(dtype)
+    out = torch.empty(m, n, device="cuda", dtype=dtype)
+    program = parse("t1 = gelu acc; store t1")
+    for tile in TILES:
+        for split in SPLITS:
+            problem = lib.problem(program, m, n, dtype, 0, [], [dtype], Gemm(k, k, k, dtype))
+            problem.route, problem.tile = library.ROUTES["hopper"], 16 * tile + split
+            described = ctypes.byref(problem)
+            if lib.handle.fxfuse_cuda_choose(described, None, None):
+                continue
+
+            def call(i: int, described: Any = described) -> None:
+                pointers = Pointers()
+                pointers[0], pointers[1] = xs[i].data_ptr(), weights[i].data_ptr()
+                pointers[2], pointers[library.POINTER_OUTPUT] = bias.data_ptr(), out.data_ptr()
+                stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+                status = lib.handle.fxfuse_cuda_run(described, pointers, stream)
+                lib.check(status, "fxfuse_cuda_run")
+
+            ms = device_ms([lambda i=i: call(i) for i in range(len(xs))])
+            yield {"m": m, "n": n, "k": k, "tile": tile, "split": split, "ms": ms}
+
+
+def features(line: dict[str, Any], processors: int) -> tuple[int, int, int]:
+    """How often a line pays for a stage, for a tile and for a division of K."""
+    tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / line["tile"])
+    turns = math.ceil(tiles / (processors // line["split"]))
+    stages = math.ceil(math.ceil(line["k"] / 64) / line["split"])
+    return turns * stages, turns, int(line["split"] > 1)
+
+
+def fit(lines: list[dict[str, Any]], processors: int) -> list[float]:
+    """Nanoseconds of a stage, a tile and a division (and of a launch, which is not kept): the
+    least squares of relative errors, none below zero."""
+    rows = torch.tensor([[*features(line, processors), 1] for line in lines], dtype=torch.float64)
+    times = torch.tensor([line["ms"] * 1e6 for line in lines], dtype=torch.float64)
+    kept = list(range(4))
+    while True:
+        solution = torch.linalg.lstsq(rows[:, kept] / times[:, None], torch.ones_like(times))
+        found = solution.solution.tolist()
+        if min(found) >= 0:
+            return [dict(zip(kept, found, strict=True)).get(i, 0.0) for i in range(4)]
+        kept.pop(found.index(min(found)))
+
+
+def report(lines: list[dict[str, Any]], costs: dict[int, list[float]], processors: int) -> str:
+    """How the table's choices compare with the best of the measured ones."""
+    ratios = []
+    for shape in sorted({(line["m"], line["n"], line["k"]) for line in lines}):
+        here = [line for line in lines if (line["m"], line["n"], line["k"]) == shape]
+
+        def cost(line: dict[str, Any]) -> float:
+            parts = zip(features(line, processors), costs[line["tile"]], strict=False)
+            return sum(count * price for count, price in parts)
+
+        chosen, best = min(here, key=cost), min(here, key=lambda line: line["ms"])
+        ratios.append((chosen["ms"] / best["ms"], shape, chosen, best))
+    mean = math.exp(sum(math.log(r[0]) for r in ratios) / len(ratios))
+    worst = max(ratios, key=lambda r: r[0])
+    return (
+        f"chosen over best: geometric mean {mean:.3f}, worst {worst[0]:.3f} at {worst[1]} "
+        f"({worst[2]['tile']}/{worst[2]['split']} for {worst[3]['tile']}/{worst[3]['split']})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", type=Path, help="measure here, and write the times to a file")
+    parser.add_argument("--fit", type=Path, help="write the table from such a file")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        torch.manual_seed(0)
+        lines = [line for n, k in WEIGHTS for m in ROWS for line in measure(m, n, k)]
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        table = {
+            "gpu": torch.cuda.get_device_name(),
+            "multiprocessors": processors,
+            "torch": torch.__version__,
+            "dtype": "bfloat16",
+            "lines": lines,
+        }
+        arguments.measure.write_text(json.dumps(table, indent=1) + "\n")
+    source = arguments.fit or arguments.measure
+    if source is None:
+        parser.error("--measure or --fit")
+    table = json.loads(source.read_text())
+    lines, processors = table["lines"], table["multiprocessors"]
+    costs = {t: fit([li for li in lines if li["tile"] == t], processors) for t in TILES}
+    print(report(lines, costs, processors))
+    text = "// Written by scripts/tune.py.\n"
+    for tile, (stage, once, reduction, _) in costs.items():
+        text += f"{{{tile}, {stage:.0f}, {once:.0f}, {reduction:.0f}}},\n"
+    if arguments.fit:
+        COSTS.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The Hopper route: every tile, division of K and layout of the weight, and "high" precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hopper import SPLITS, TILES, run_tile
+from torch import nn
+
+import fxfuse
+from fxfuse import fused, recipes
+from fxfuse.cuda import preferred_route, prefers_planes
+from fxfuse.fused import forced_route, fused_linear
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of sm_90",
+)
+
+CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
+WIDE = "t1 = gelu acc; t2 = mul t1, $0; t3 = add t2, $1; t4 = mul t3, acc; store t4, t1"
+GELU = "t1 = gelu acc; store t1"
+HALVES = [torch.bfloat16, torch.float16]
+# Whole tiles, tiles at the edge in either direction, N no multiple of 32 or of 8, a lone row.
+SIZES = [
+    (256, 512, 512),
+    (1, 256, 1024),
+    (77, 96, 520),
+    (130, 264, 1000),
+    (333, 1001, 136),
+    (17, 40, 64),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def error(found, truth):
+    return ((found.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+# What serves a shape, known without a GPU ---------------------------------------------------------
+
+
+def test_preferred_route_of_hopper():
+    assert preferred_route((9, 0), 1024, 8192, 8192) == "auto"
+    assert preferred_route((9, 0), 512, 1024, 4096) == "cublas"
+    assert preferred_route((9, 0), 1024, 8192, 8192, bits=32) == "cublas"
+    assert preferred_route((8, 0), 1024, 8192, 8192, bits=32) == "auto"
+
+
+def test_planes_pay_from_so_many_rows_on():
+    assert prefers_planes(1024, 8192, False)
+    assert not prefers_planes(512, 8192, False)
+    assert prefers_planes(512, 8192, True)
+    assert not prefers_planes(1024, 512, True)
+
+
+# Tiles --------------------------------------------------------------------------------------------
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_tile_and_division(size, transposed, dtype):
+    m, n, k = size
+    if transposed and n % 8:
+        pytest.skip("rows of a [K, N] weight start at multiples of 16 bytes")
+    x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)
+    weight = weight / k**0.5
+    row, full = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+    acc = F.linear(x.double(), weight.double(), bias.double())
+    chain = F.silu(acc + row.double()) * full.double()
+    gelu = F.gelu(acc)
+    wide = (gelu * row.double() + full.double()) * acc
+    eager_chain = F.silu(F.linear(x, weight, bias) + row) * full
+    stored = weight.t().contiguous() if transposed else weight
+    served = 0
+    for tile in TILES:
+        for split in SPLITS:
+            found = run_tile(x, stored, bias, [row, full], CHAIN, tile, split, transposed)
+            if found is None:
+                continue
+            served += 1
+            assert error(found[0], chain) <= 1.05 * error(eager_chain, chain), (tile, split)
+            outputs = run_tile(x, stored, bias, [row, full], WIDE, tile, split, transposed)
+            assert error(outputs[0], wide) < 8e-3, (tile, split)
+            assert error(outputs[1], gelu) <= 1.05 * error(gelu.to(dtype), gelu) + 1e-5
+            again = run_tile(x, stored, bias, [row, full], CHAIN, tile, split, transposed)
+            assert torch.equal(found[0], again[0])
+    assert served >= 3
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_infinities_and_nans_pass_every_division(dtype):
+    x, weight = randn(70, 1024, dtype=dtype), randn(136, 1024, dtype=dtype)
+    x[3, 1000], x[5, 7], weight[9, 500] = torch.inf, torch.nan, -torch.inf
+    eager = F.linear(x, weight)
+    for split in (1, 2, 8):
+        (found,) = run_tile(x, weight, None, [], "store acc", 64, split)
+        assert torch.equal(found.isnan(), eager.isnan())
+        assert torch.equal(found.isinf(), eager.isinf())
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_conv1d_weight_is_read_as_it_is(dtype):
+    recipes.forget()
+    x, weight, bias = randn(512, 768, dtype=dtype), randn(768, 3072, dtype=dtype), None
+    truth = F.gelu(x.double() @ weight.double())
+    found = fused_linear(x, weight, bias, [], GELU, True, site="conv1d")
+    assert fused.routes_taken("conv1d", GELU) == [("hopper", None)]
+    assert error(found, truth) <= 1.05 * error(F.gelu(x @ weight), truth)
+
+
+# "high" precision ---------------------------------------------------------------------------------
+
+FAMILIES = {
+    "uniform": lambda m, k: torch.rand(m, k),
+    "normal": lambda m, k: torch.randn(m, k),
+    "lognormal": lambda m, k: torch.randn(m, k).mul(3).exp(),
+    "outlier columns": lambda m, k: torch.randn(m, k) * torch.where(torch.arange(k) % 97, 1, 1e4),
+    "tiny": lambda m, k: torch.randn(m, k) * 1e-30,
+    "huge": lambda m, k: torch.randn(m, k) * 1e30,
+    "rows of many scales": lambda m, k: torch.randn(m, k) * torch.logspace(-30, 30, m)[:, None],
+    "rows of huge range": lambda m, k: torch.randn(m, k) * torch.logspace(-9, 9, k),
+    "denormal": lambda m, k: torch.randn(m, k) * 1e-39,
+    "sparse": lambda m, k: torch.randn(m, k).relu(),
+    "zero rows": lambda m, k: torch.randn(m, k) * (torch.arange(m) % 2)[:, None],
+}
+
+
+def row_errors(found, truth):
+    """Of each row in norm: rows may differ by more than fp32 reaches."""
+    scale = truth.abs().amax(1, keepdim=True).clamp_min(1e-300)
+    return ((found.double() - truth) / scale).norm(dim=1) / (truth / scale).norm(dim=1).clamp_min(1)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [64, 1000, 4096])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_high_precision_is_no_worse_than_tf32(family, k):
+    torch.set_float32_matmul_precision("high")
+    x, weight = FAMILIES[family](257, k).cuda(), randn(1000, k) / k**0.5
+    bias = torch.zeros(1000, device="cuda")
+    truth = F.linear(x.double(), weight.double())
+    eager = row_errors(F.linear(x, weight, bias), truth)
+    with forced_route("hopper"):
+        found = row_errors(fused_linear(x, weight, bias, [], "store acc"), truth)
+        turned = fused_linear(x, weight.t().contiguous(), bias, [], "store acc", True)
+    assert found.norm() <= 1.05 * eager.norm() + 1e-7
+    assert row_errors(turned, truth).norm() <= 1.05 * eager.norm() + 1e-7
+
+
+@hopper
+@pytest.mark.gpu
+def test_high_precision_keeps_infinities_and_nans():
+    torch.set_float32_matmul_precision("high")
+    x, weight = randn(100, 512), randn(200, 512)
+    x[3, 10], x[4, 11], x[5, 12] = torch.inf, -torch.inf, torch.nan
+    weight[7, 13], weight[8, 14] = torch.inf, torch.nan
+    weight[20] = 0
+    weight[21, :256] *= 1e-30  # infinities meet what fp16 cannot hold beside the rest of the row
+    eager = F.linear(x, weight)
+    with forced_route("hopper"):
+        found = fused_linear(x, weight, None, [], "store acc")
+    assert torch.equal(found.isnan(), eager.isnan())
+    assert torch.equal(found.isinf(), eager.isinf())
+    assert torch.equal(found[found.isinf()].sign(), eager[eager.isinf()].sign())
+
+
+@hopper
+@pytest.mark.gpu
+def test_frozen_weights_are_converted_once():
+    torch.set_float32_matmul_precision("high")
+    recipes.forget()
+    model = nn.Sequential(nn.Linear(1024, 2048), nn.GELU()).cuda()
+    x = randn(1024, 1024)
+    with torch.no_grad():
+        truth = model.double()(x.double())
+        model.float()
+        frozen = fxfuse.optimize(model, freeze=True)
+        first = frozen(x)
+        assert error(first, truth) < 5e-4
+        assert fxfuse.report(frozen).weights.kept_bytes > 1024 * 2048 * 2
+        assert torch.equal(frozen(x), first)
+        model[0].weight.mul_(2)
+        truth = F.gelu(F.linear(x.double(), model[0].weight.double(), model[0].bias.double()))
+        assert error(frozen(x), truth) < 5e-4
