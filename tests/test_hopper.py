@@ -134,7 +134,9 @@ FAMILIES = {
     "uniform": lambda m, k: torch.rand(m, k),
     "normal": lambda m, k: torch.randn(m, k),
     "lognormal": lambda m, k: torch.randn(m, k).mul(3).exp(),
-    "outlier columns": lambda m, k: torch.randn(m, k) * torch.where(torch.arange(k) % 97, 1, 1e4),
+    "outlier columns": lambda m, k: (
+        torch.randn(m, k) * torch.where(torch.arange(k) % 97 == 0, 1e4, 1.0)
+    ),
     "tiny": lambda m, k: torch.randn(m, k) * 1e-30,
     "huge": lambda m, k: torch.randn(m, k) * 1e30,
     "rows of many scales": lambda m, k: torch.randn(m, k) * torch.logspace(-30, 30, m)[:, None],
