@@ -127,7 +127,7 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
     tiles = -(-m // 128) * -(-n // 128)
     # Few tiles and a long K: cuBLAS divides K with less to add up.
-    return "cublas" if m >= 256 and tiles <= 64 and k >= 4 * n else "auto"
+    return "cublas" if m >= 512 and tiles <= 64 and k >= 4 * n else "auto"
 
 
 def _launcher(

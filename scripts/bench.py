@@ -306,7 +306,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=("cpu", "gpu"), help="a preset list of measurements")
     parser.add_argument("--models", type=listed, help=f"any of {', '.join(MODELS)}")
-    parser.add_argument("--dtypes", type=listed, help="any of float32, bfloat16, float16, high, high-frozen")
+    parser.add_argument(
+        "--dtypes", type=listed, help="float32, bfloat16, float16, high, high-frozen"
+    )
     parser.add_argument("--shape", type=shape, default=FULL_SIZE, metavar="M,K,N")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--contestants", type=listed, help=f"any of {', '.join(CONTESTANTS)}")

@@ -5,9 +5,9 @@
 
 Measuring times every tile and every division of K over a grid of shapes: device time of a Linear
 with bias and GELU in bf16, from CUDA-graph replays rotated over operands larger than the L2
-together. Fitting finds, for each width of tile, the cost of a stage of K, of a tile's remainder and
-of a division of K that explain the times best, writes them to kernels/cuda/hopper_costs.inc, and
-says how much slower than the best measured choice the table's choices are.
+together. Fitting finds, for each tile and division, the cost of a stage of K and of a tile's
+remainder that explain the times best, writes them to kernels/cuda/hopper_costs.inc, and says how
+much slower than the best measured choice the table's choices are.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ WEIGHTS = (
     (8192, 8192),
     (11008, 4096),
 )
+# What a division must save to be chosen: the fit is no better than this, and whole tiles disturb
+# their neighbours less.
+MARGIN = 1.05
 COSTS = Path(__file__).parent.parent / "kernels" / "cuda" / "hopper_costs.inc"
 
 
@@ -74,36 +77,35 @@ def measure(m: int, n: int, k: int) -> Iterator[dict[str, Any]]:
             yield {"m": m, "n": n, "k": k, "tile": tile, "split": split, "ms": ms}
 
 
-def features(line: dict[str, Any], processors: int) -> tuple[int, int, int]:
-    """How often a line pays for a stage, for a tile and for a division of K."""
+def features(line: dict[str, Any], processors: int) -> tuple[int, int]:
+    """How often a line pays for a stage, and for a tile."""
     tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / line["tile"])
     turns = math.ceil(tiles / (processors // line["split"]))
     stages = math.ceil(math.ceil(line["k"] / 64) / line["split"])
-    return turns * stages, turns, int(line["split"] > 1)
+    return turns * stages, turns
 
 
-def fit(lines: list[dict[str, Any]], processors: int) -> list[float]:
-    """Nanoseconds of a stage, a tile and a division (and of a launch, which is not kept): the
-    least squares of relative errors, none below zero."""
-    rows = torch.tensor([[*features(line, processors), 1] for line in lines], dtype=torch.float64)
+def fit(lines: list[dict[str, Any]], processors: int) -> tuple[float, float]:
+    """Nanoseconds of a stage and of a tile: the least squares of relative errors, and MARGIN."""
+    rows = torch.tensor([features(line, processors) for line in lines], dtype=torch.float64)
     times = torch.tensor([line["ms"] * 1e6 for line in lines], dtype=torch.float64)
-    kept = list(range(4))
-    while True:
-        solution = torch.linalg.lstsq(rows[:, kept] / times[:, None], torch.ones_like(times))
-        found = solution.solution.tolist()
-        if min(found) >= 0:
-            return [dict(zip(kept, found, strict=True)).get(i, 0.0) for i in range(4)]
-        kept.pop(found.index(min(found)))
+    solution = torch.linalg.lstsq(rows / times[:, None], torch.ones_like(times))
+    margin = MARGIN if lines[0]["split"] > 1 else 1.0
+    stage, once = (margin * solution.solution).tolist()
+    return stage, once
 
 
-def report(lines: list[dict[str, Any]], costs: dict[int, list[float]], processors: int) -> str:
+def report(
+    lines: list[dict[str, Any]], costs: dict[tuple[int, int], tuple[float, float]], processors: int
+) -> str:
     """How the table's choices compare with the best of the measured ones."""
     ratios = []
     for shape in sorted({(line["m"], line["n"], line["k"]) for line in lines}):
         here = [line for line in lines if (line["m"], line["n"], line["k"]) == shape]
 
         def cost(line: dict[str, Any]) -> float:
-            parts = zip(features(line, processors), costs[line["tile"]], strict=False)
+            prices = costs[line["tile"], line["split"]]
+            parts = zip(features(line, processors), prices, strict=True)
             return sum(count * price for count, price in parts)
 
         chosen, best = min(here, key=cost), min(here, key=lambda line: line["ms"])
@@ -138,11 +140,17 @@ def main() -> None:
         parser.error("--measure or --fit")
     table = json.loads(source.read_text())
     lines, processors = table["lines"], table["multiprocessors"]
-    costs = {t: fit([li for li in lines if li["tile"] == t], processors) for t in TILES}
+    costs = {
+        (tile, split): fit(
+            [line for line in lines if (line["tile"], line["split"]) == (tile, split)], processors
+        )
+        for tile in TILES
+        for split in SPLITS
+    }
     print(report(lines, costs, processors))
     text = "// Written by scripts/tune.py.\n"
-    for tile, (stage, once, reduction, _) in costs.items():
-        text += f"{{{tile}, {stage:.0f}, {once:.0f}, {reduction:.0f}}},\n"
+    for (tile, split), (stage, once) in costs.items():
+        text += f"{{{tile}, {split}, {stage:.0f}, {once:.0f}}},\n"
     if arguments.fit:
         COSTS.write_text(text)
     print(text, end="")

@@ -127,17 +127,17 @@ __device__ __forceinline__ TileOrigin FindTile(const HopperArguments& arguments,
 
 __device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Brings `rows` rows of B, from `n` on, or as many columns, at `k`.
-__device__ __forceinline__ void CopyB(const HopperArguments& arguments, uint32_t to, uint32_t full,
-                                      int n, int rows, int k) {
+// Brings `rows` rows of B, from `n` on, or as many columns, at `k`, in boxes of `box`.
+__device__ __forceinline__ void CopyB(const CUtensorMap& map, LayoutB layout, int box, uint32_t to,
+                                      uint32_t full, int n, int rows, int k) {
   constexpr int kRowBytes = 128;
-  for (int i = 0; i < rows; i += arguments.box_b) {
-    if (arguments.layout_b == LayoutB::kInterleaved) {
-      copy_box(to + i * kRowBytes, &arguments.b, full, k, 0, 0, 0, (n + i) / 32);
-    } else if (arguments.layout_b == LayoutB::kRows) {
-      copy_box(to + i * kRowBytes, &arguments.b, full, k, n + i);
+  for (int i = 0; i < rows; i += box) {
+    if (layout == LayoutB::kInterleaved) {
+      copy_box(to + i * kRowBytes, &map, full, k, 0, 0, 0, (n + i) / 32);
+    } else if (layout == LayoutB::kRows) {
+      copy_box(to + i * kRowBytes, &map, full, k, n + i);
     } else {
-      copy_box(to + i * kRowBytes, &arguments.b, full, n + i, k);
+      copy_box(to + i * kRowBytes, &map, full, n + i, k);
     }
   }
 }
@@ -158,19 +158,25 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
     if (tile.row < 0) return;
     const int left_m = static_cast<int>(arguments.program.rows) - tile.row;
     const int left_n = static_cast<int>(arguments.program.columns) - tile.column;
-    const int rows_a = min(Config::kM, RoundUp(left_m, arguments.box_a));
-    const int rows_b = min(Config::kN, RoundUp(left_n, arguments.box_b));
+    const bool whole_a = left_m >= Config::kM, whole_b = left_n >= Config::kN;
+    const int rows_a = whole_a ? Config::kM : RoundUp(left_m, arguments.edge_a);
+    const int rows_b = whole_b ? Config::kN : RoundUp(left_n, arguments.edge_b);
+    const int box_a = whole_a ? Config::kM : arguments.edge_a;
+    const int box_b =
+        whole_b && arguments.layout_b != LayoutB::kColumns ? Config::kN : arguments.edge_b;
+    const CUtensorMap& a = whole_a ? arguments.a : arguments.a_edge;
+    const CUtensorMap& b = whole_b ? arguments.b : arguments.b_edge;
     for (int stage = 0; stage < work.stages; ++stage) {
       barrier_wait(barriers.Empty(at.slot), at.parity ^ 1);
       const uint32_t full = barriers.Full(at.slot);
       const uint32_t to = ring + at.slot * Config::kStageBytes;
       const int k = (work.first_stage + stage) * Config::kStageK;
       if (brings_b) {
-        CopyB(arguments, to + Config::kBytesA, full, tile.column, rows_b, k);
+        CopyB(b, arguments.layout_b, box_b, to + Config::kBytesA, full, tile.column, rows_b, k);
       } else {
         barrier_arrive_expect(full, (rows_a + rows_b) * Config::kRowBytes);
-        for (int i = 0; i < rows_a; i += arguments.box_a) {
-          copy_box(to + i * Config::kRowBytes, &arguments.a, full, k, tile.row + i);
+        for (int i = 0; i < rows_a; i += box_a) {
+          copy_box(to + i * Config::kRowBytes, &a, full, k, tile.row + i);
         }
       }
       at.Advance();
@@ -469,8 +475,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const uint32_t ring = (shared_address(shared) + 1023) & ~1023u;
   const Barriers<Config> barriers{ring + Config::kRingBytes};
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&arguments.a);
-    prefetch_tensor_map(&arguments.b);
+    const bool whole_a = arguments.program.rows >= Config::kM;
+    const bool whole_b = arguments.program.columns >= Config::kN;
+    prefetch_tensor_map(whole_a ? &arguments.a : &arguments.a_edge);
+    prefetch_tensor_map(whole_b ? &arguments.b : &arguments.b_edge);
     for (int s = 0; s < Config::kStages; ++s) {
       barrier_init(barriers.Full(s), 1);
       barrier_init(barriers.Empty(s), 2);

@@ -18,10 +18,12 @@ enum class LayoutB : int32_t {
 };
 
 struct HopperArguments {
-  CUtensorMap a;  // A [M, K] in boxes of box_a rows by 64
-  CUtensorMap b;  // B in boxes of box_b rows by 64, or of 64 columns by 64 rows
+  // A [M, K] and B, K by 64, in boxes of a tile's rows; and, for tiles at the edge of the matrix,
+  // of edge_a and edge_b rows. Of a B [K, N] all boxes have 64 columns.
+  CUtensorMap a, b;
+  CUtensorMap a_edge, b_edge;
+  int32_t edge_a, edge_b;
   LayoutB layout_b;
-  int32_t box_a, box_b;
   int32_t half;    // inputs are fp16, not bf16
   int32_t stages;  // of 64 along K, over all of the split
   int32_t split;   // blocks that divide K among them, a cluster: 1, 2, 4 or 8

@@ -59,11 +59,10 @@ int64_t RowStride(int64_t rows, int64_t width, int64_t stride) {
   return rows > 1 ? stride : CeilDivide(width, 8) * 8;
 }
 
-// Rows of a box: of a whole tile where all tiles are whole, else few, so that a tile at the edge of
-// the matrix need not bring what is outside.
-int ChooseBox(int64_t rows, int tile_rows) {
-  if (rows % tile_rows == 0) return tile_rows;
-  return rows <= 32 ? static_cast<int>(CeilDivide(rows, 8) * 8) : 32;
+// Rows of a box for tiles at the edge of the matrix: few, so that such a tile need not bring what
+// is outside.
+int EdgeRows(int64_t rows) {
+  return static_cast<int>(std::min<int64_t>(32, CeilDivide(rows, 8) * 8));
 }
 
 Tensor DescribeA(const fxfuse_problem& problem, int box) {
@@ -91,19 +90,32 @@ Tensor DescribeB(const fxfuse_problem& problem, LayoutB layout, int box) {
   return {2, {n, k}, {RowStride(k, n, problem.ldb)}, {64, 64}};
 }
 
-int ChooseBoxB(const fxfuse_problem& problem, LayoutB layout, int tile_columns) {
+int EdgeB(const fxfuse_problem& problem, LayoutB layout) {
   if (layout == LayoutB::kColumns) return 64;
-  if (layout == LayoutB::kInterleaved) return problem.n % tile_columns == 0 ? tile_columns : 32;
-  return ChooseBox(problem.n, tile_columns);
+  return layout == LayoutB::kInterleaved ? 32 : EdgeRows(problem.n);
 }
 
-// What a tile of 128 rows costs, in nanoseconds: for each stage of 64 along K, once for all else,
-// and for adding up what the blocks of a cluster have got.
+// Encodes a matrix in boxes of a whole tile's rows and, where a tile lies at its edge, in smaller
+// ones; `describe` says how, for so many rows of a box.
+template <class Describe>
+fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, int dtype,
+                         int64_t rows, int tile_rows, int edge_rows, Describe describe,
+                         CUtensorMap* whole, CUtensorMap* edge) {
+  fxfuse_status status = FXFUSE_OK;
+  if (rows >= tile_rows) status = Encode(call, name, data, dtype, describe(tile_rows), whole);
+  if (status == FXFUSE_OK && rows % tile_rows != 0) {
+    status = Encode(call, name, data, dtype, describe(edge_rows), edge);
+  }
+  return status;
+}
+
+// What a tile of 128 rows costs, in nanoseconds, where `split` blocks divide K: for each stage of
+// 64 along K, and once for all else.
 struct TileCost {
   int16_t tile_n;
+  int16_t split;
   double stage;
   double once;
-  double reduction;
 };
 
 constexpr TileCost kTileCosts[] = {
@@ -113,11 +125,11 @@ constexpr TileCost kTileCosts[] = {
 double Cost(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
             const DeviceLimits& device) {
   const TileCost* cost = kTileCosts;
-  while (cost->tile_n != kernel.tile_n) ++cost;
+  while (cost->tile_n != kernel.tile_n || cost->split != split) ++cost;
   const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), split);
   const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
   const int64_t turns = CeilDivide(tiles, device.hopper_clusters[split]);
-  return turns * (stages * cost->stage + cost->once) + (split > 1 ? cost->reduction : 0);
+  return turns * (stages * cost->stage + cost->once);
 }
 
 // Whether K may be divided: every block gets a stage, and no SM a second tile.
@@ -212,15 +224,19 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
 fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void* const* pointers,
                            const DeviceLimits& device, const HopperChoice& choice, void* stream) {
   const HopperKernel& kernel = *choice.kernel;
-  HopperArguments arguments;
+  HopperArguments arguments = {};
   arguments.layout_b = ChooseLayoutB(problem);
-  arguments.box_a = ChooseBox(problem.m, kernel.tile_m);
-  arguments.box_b = ChooseBoxB(problem, arguments.layout_b, kernel.tile_n);
-  fxfuse_status status = Encode(call, "A", pointers[FXFUSE_PTR_A], problem.input_dtype,
-                                DescribeA(problem, arguments.box_a), &arguments.a);
+  arguments.edge_a = EdgeRows(problem.m);
+  arguments.edge_b = EdgeB(problem, arguments.layout_b);
+  fxfuse_status status = EncodeBoth(
+      call, "A", pointers[FXFUSE_PTR_A], problem.input_dtype, problem.m, kernel.tile_m,
+      arguments.edge_a, [&](int box) { return DescribeA(problem, box); }, &arguments.a,
+      &arguments.a_edge);
   if (status != FXFUSE_OK) return status;
-  status = Encode(call, "B", pointers[FXFUSE_PTR_B], problem.input_dtype,
-                  DescribeB(problem, arguments.layout_b, arguments.box_b), &arguments.b);
+  status = EncodeBoth(
+      call, "B", pointers[FXFUSE_PTR_B], problem.input_dtype, problem.n, kernel.tile_n,
+      arguments.edge_b, [&](int box) { return DescribeB(problem, arguments.layout_b, box); },
+      &arguments.b, &arguments.b_edge);
   if (status != FXFUSE_OK) return status;
   const int64_t tiles_m = CeilDivide(problem.m, kernel.tile_m);
   const int64_t tiles_n = CeilDivide(problem.n, kernel.tile_n);
