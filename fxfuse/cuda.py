@@ -125,9 +125,11 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "auto"
     if bits == 32:
         return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
-    tiles = -(-m // 128) * -(-n // 128)
-    # Few tiles and a long K: cuBLAS divides K with less to add up.
-    return "cublas" if m >= 512 and tiles <= 64 and k >= 4 * n else "auto"
+    if m > 64 and (n % 32 or k % 64):
+        return "cublas"  # rows that begin inside a cache line arrive slowly
+    # Few tiles and a long K: cuBLAS divides K with less to add up, but for the longest.
+    few_tiles = m >= 256 and -(-m // 128) * -(-n // 128) <= 64
+    return "cublas" if few_tiles and k >= 4 * n and (m > 512 or k < 16 * n) else "auto"
 
 
 def _launcher(

@@ -55,6 +55,9 @@ def error(found, truth):
 def test_preferred_route_of_hopper():
     assert preferred_route((9, 0), 1024, 8192, 8192) == "auto"
     assert preferred_route((9, 0), 512, 1024, 4096) == "cublas"
+    assert preferred_route((9, 0), 256, 512, 16384) == "auto"
+    assert preferred_route((9, 0), 1000, 1000, 1000) == "cublas"
+    assert preferred_route((9, 0), 16, 1000, 1000) == "auto"
     assert preferred_route((9, 0), 1024, 8192, 8192, bits=32) == "cublas"
     assert preferred_route((8, 0), 1024, 8192, 8192, bits=32) == "auto"
 

@@ -43,7 +43,8 @@ bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
 bool PortableIsFaster(const fxfuse_problem& problem) {
   if (problem.b_transposed || problem.scaled) return false;
   if (problem.m <= 32) return problem.n >= 2048 || problem.k <= 1024;
-  return problem.m <= 128 && problem.n * problem.k <= int64_t{1} << 18;
+  constexpr double kTiny = 1 << 28;
+  return problem.k <= 1024 && static_cast<double>(problem.m) * problem.n * problem.k <= kTiny;
 }
 
 fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* const* pointers,
