@@ -115,8 +115,8 @@ typedef enum {
 
 // One call. With has_gemm: A [M, K] and B [N, K], both with adjacent K (row strides lda, ldb in
 // elements), of input_dtype, and bias [N] or none; products of F32 inputs are taken in TF32. With
-// b_transposed B is [K, N] with adjacent N, and ldb the stride of a row of that. With scaled A and B
-// are F16 planes as fxfuse_cuda_split leaves them, and element (m, n) of their product is
+// b_transposed B is [K, N] with adjacent N, and ldb the stride of a row of that. With scaled A and
+// B are F16 planes as fxfuse_cuda_split leaves them, and element (m, n) of their product is
 // multiplied by (root_a[m] * root_b[n])^2 before the bias is added; rows of B up to the next
 // multiple of 32 must be readable, whatever they hold.
 // Without has_gemm: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B
