@@ -61,12 +61,38 @@ def cuda_recipe(
     route = "cublas" if call.weight is None else _choose(call, result, device)
     if route == "high":
         return _planes_recipe(call, result, lib, layouts, fixes)
-    if route != "cublas":
-        return _gemm_recipe(call, result, lib, layouts, fixes, route)
+    if route == "cublas":
+        return _pointwise_recipe(call, result, lib, layouts, fixes)
+    recipe = _gemm_recipe(call, result, lib, layouts, fixes, route)
+    if not call.transposed:
+        return recipe
+    return where_aligned(recipe, _pointwise_recipe(call, result, lib, layouts, fixes))
+
+
+def _pointwise_recipe(
+    call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
+) -> Recipe:
+    """torch's product, where there is one, and the program over it."""
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")
-    launch = _launcher(lib, problem, device, " -> ".join(call.program.chain))
+    launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"
     return Recipe(route, None, pointwise_run(call, result, fixes, launch))
+
+
+def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:
+    """`recipe` for an x and a weight that start at multiples of 16 bytes, `other` for the rest.
+
+    Addresses are no part of a signature, and only one of our kernels reads a weight [K, N].
+    """
+
+    def run(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
+    ) -> list:
+        assert weight is not None
+        aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+        return (recipe if aligned else other).run(x, weight, bias, operands)
+
+    return Recipe(recipe.route, recipe.reason, run)
 
 
 def _choose(call: Call, result: Result, device: int) -> str:

@@ -10,8 +10,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse import fused, recipes
-from fxfuse.cuda import preferred_route, prefers_planes
+from fxfuse.cuda import preferred_route, prefers_planes, where_aligned
 from fxfuse.fused import forced_route, fused_linear
+from fxfuse.routes import Recipe
 
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -67,6 +68,18 @@ def test_planes_pay_from_so_many_rows_on():
     assert not prefers_planes(512, 8192, False)
     assert prefers_planes(512, 8192, True)
     assert not prefers_planes(1024, 512, True)
+
+
+def test_inputs_between_multiples_of_16_bytes_take_the_other_recipe():
+    ours = Recipe("hopper", None, lambda *_: ["ours"])
+    recipe = where_aligned(ours, Recipe("cublas", None, lambda *_: ["other"]))
+    buffer = torch.empty(72, dtype=torch.bfloat16)
+    start = -buffer.data_ptr() // 2 % 8
+    even, odd = buffer[start : start + 8], buffer[start + 1 : start + 9]
+    assert recipe.route == "hopper"
+    assert recipe.run(even, even, None, ()) == ["ours"]
+    assert recipe.run(odd, even, None, ()) == ["other"]
+    assert recipe.run(even, odd, None, ()) == ["other"]
 
 
 # Tiles --------------------------------------------------------------------------------------------
@@ -128,6 +141,16 @@ def test_a_conv1d_weight_is_read_as_it_is(dtype):
     truth = F.gelu(x.double() @ weight.double())
     found = fused_linear(x, weight, bias, [], GELU, True, site="conv1d")
     assert fused.routes_taken("conv1d", GELU) == [("hopper", None)]
+    assert error(found, truth) <= 1.05 * error(F.gelu(x @ weight), truth)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_conv1d_whose_input_is_not_aligned(dtype):
+    x, weight = randn(512, 776, dtype=dtype)[:, 1:769], randn(768, 3072, dtype=dtype)
+    truth = F.gelu(x.double() @ weight.double())
+    found = fused_linear(x, weight, None, [], GELU, True)
     assert error(found, truth) <= 1.05 * error(F.gelu(x @ weight), truth)
 
 
