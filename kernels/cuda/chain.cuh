@@ -50,29 +50,29 @@ class Chain {
       codes = i == 7 ? more_codes_ : codes >> 4;
       const ChainStep& step = program_.chain[i];
       switch (code) {
-#define FXFUSE_CHAIN(name)                   \
-  case ChainCode::name:                      \
-    Each<Opcode::name>(v, step.p0, step.p1); \
+#define FXFUSE_CHAIN(name)       \
+  case ChainCode::name:          \
+    Each<Opcode::name>(step, v); \
     continue;
         FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
 #undef FXFUSE_CHAIN
         case ChainCode::add_constant:
-          AddConstant(v, step.p0);
+          Each<Opcode::add>(step, v);
           continue;
         case ChainCode::mul_constant:
-          MulConstant(v, step.p0);
+          Each<Opcode::mul>(step, v);
           continue;
         case ChainCode::add_row:
-          CombineRow<Opcode::add>(step, v);
+          Combine<Opcode::add, false>(step, v);
           continue;
         case ChainCode::mul_row:
-          CombineRow<Opcode::mul>(step, v);
+          Combine<Opcode::mul, false>(step, v);
           continue;
         case ChainCode::add_full:
-          CombineFull<Opcode::add>(step, v);
+          Combine<Opcode::add, true>(step, v);
           continue;
         case ChainCode::mul_full:
-          CombineFull<Opcode::mul>(step, v);
+          Combine<Opcode::mul, true>(step, v);
           continue;
         case ChainCode::end:
           break;
@@ -164,74 +164,36 @@ class Chain {
     }
   }
 
+  // One op on every accumulator. Where it takes a second argument that is the constant p0.
   template <Opcode op>
-  static __device__ __forceinline__ void Each(Values& v, float p0, float p1) {
+  static __device__ __forceinline__ void Each(const ChainStep& step, Values& v) {
+    const float p0 = step.p0, p1 = step.p1;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) v[j] = Apply<Math, op>(v[j], 0.0f, 0.0f, p0, p1);
+    for (int j = 0; j < kSize; ++j) v[j] = Apply<Math, op>(v[j], p0, 0.0f, p0, p1);
   }
 
-  static __device__ __forceinline__ void AddConstant(Values& v, float constant) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) v[j] += constant;
-  }
-
-  static __device__ __forceinline__ void MulConstant(Values& v, float constant) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) v[j] *= constant;
-  }
-
-  // Combines with an operand that is the same for all rows.
-  template <Opcode op>
-  __device__ __forceinline__ void CombineRow(const ChainStep& step, Values& v) const {
+  // Combines with an operand, which has rows of its own if kFull, else the same for all rows.
+  template <Opcode op, bool kFull>
+  __device__ __forceinline__ void Combine(const ChainStep& step, Values& v) const {
     if constexpr (Math::kLevel == MathLevel::kFast) {
-      CombineRow<op, FXFUSE_BF16>(step.data, v);
+      Combine<op, kFull, FXFUSE_BF16>(step, v);
     } else {
-      if (step.dtype == FXFUSE_BF16) return CombineRow<op, FXFUSE_BF16>(step.data, v);
-      if (step.dtype == FXFUSE_F16) return CombineRow<op, FXFUSE_F16>(step.data, v);
-      CombineRow<op, FXFUSE_F32>(step.data, v);
+      if (step.dtype == FXFUSE_BF16) return Combine<op, kFull, FXFUSE_BF16>(step, v);
+      if (step.dtype == FXFUSE_F16) return Combine<op, kFull, FXFUSE_F16>(step, v);
+      Combine<op, kFull, FXFUSE_F32>(step, v);
     }
   }
 
-  template <Opcode op, int kDtype>
-  __device__ __forceinline__ void CombineRow(const void* data, Values& v) const {
+  template <Opcode op, bool kFull, int kDtype>
+  __device__ __forceinline__ void Combine(const ChainStep& step, Values& v) const {
+    constexpr int kHalves = kFull ? 1 : 2;  // of the lane's two rows, that one of the operand meets
 #pragma unroll
-    for (int first = 0; first < kBlocks; first += kBatch<kDtype>) {
-      uint32_t word[kBatch<kDtype>][kWords<kDtype>];
-      LoadRow<kDtype>(data, first, word);
-#pragma unroll
-      for (int b = 0; b < kBatch<kDtype>; ++b) {
-#pragma unroll
-        for (int w = 0; w < kWidth; ++w) {
-          const float other = Unpack<kDtype>(word[b], w);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            float& value = v[Index(first + b, h, w)];
-            value = Apply<Math, op>(value, other, 0.0f, 0.0f, 0.0f);
-          }
-        }
+    for (int h0 = 0; h0 < 2; h0 += kHalves) {
+      const char* from = static_cast<const char*>(step.data);
+      if constexpr (kFull) {
+        const int64_t row = min(row_ + 8 * h0, rows_ - 1);
+        from += row * step.row_stride * DtypeSize(kDtype);
       }
-    }
-  }
-
-  // Combines with an operand that has rows of its own.
-  template <Opcode op>
-  __device__ __forceinline__ void CombineFull(const ChainStep& step, Values& v) const {
-    if constexpr (Math::kLevel == MathLevel::kFast) {
-      CombineFull<op, FXFUSE_BF16>(step, v);
-    } else {
-      if (step.dtype == FXFUSE_BF16) return CombineFull<op, FXFUSE_BF16>(step, v);
-      if (step.dtype == FXFUSE_F16) return CombineFull<op, FXFUSE_F16>(step, v);
-      CombineFull<op, FXFUSE_F32>(step, v);
-    }
-  }
-
-  template <Opcode op, int kDtype>
-  __device__ __forceinline__ void CombineFull(const ChainStep& step, Values& v) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = min(row_ + 8 * h, rows_ - 1);
-      const char* const from =
-          static_cast<const char*>(step.data) + row * step.row_stride * DtypeSize(kDtype);
 #pragma unroll
       for (int first = 0; first < kBlocks; first += kBatch<kDtype>) {
         uint32_t word[kBatch<kDtype>][kWords<kDtype>];
@@ -240,8 +202,12 @@ class Chain {
         for (int b = 0; b < kBatch<kDtype>; ++b) {
 #pragma unroll
           for (int w = 0; w < kWidth; ++w) {
-            float& value = v[Index(first + b, h, w)];
-            value = Apply<Math, op>(value, Unpack<kDtype>(word[b], w), 0.0f, 0.0f, 0.0f);
+            const float other = Unpack<kDtype>(word[b], w);
+#pragma unroll
+            for (int h = h0; h < h0 + kHalves; ++h) {
+              float& value = v[Index(first + b, h, w)];
+              value = Apply<Math, op>(value, other, 0.0f, 0.0f, 0.0f);
+            }
           }
         }
       }

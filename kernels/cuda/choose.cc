@@ -59,9 +59,10 @@ const PortableKernel* ChoosePortable(const fxfuse_problem& problem, bool aligned
                                      const DeviceLimits& device) {
   const bool fits = FitsAlignedTiles(problem, aligned);
   return BestKernel(
-      AllPortableKernels(), problem,
+      AllPortableKernels(), RequiredMath(problem),
       [&](const PortableKernel& kernel) {
-        return (kernel.tile == TileKind::kRagged) != fits &&
+        return kernel.input_dtype == problem.input_dtype &&
+               (kernel.tile == TileKind::kRagged) != fits &&
                kernel.shared_bytes <= device.shared_bytes_per_block;
       },
       [&](const PortableKernel& kernel) { return Cost(kernel, problem, device); });

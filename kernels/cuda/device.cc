@@ -1,11 +1,8 @@
 #include "device.h"
 
-#include <cuda_runtime_api.h>
-
 #include <atomic>
 #include <mutex>
 
-#include "common.h"
 #include "hopper_launch.h"
 #include "split.h"
 
@@ -22,12 +19,6 @@ struct Entry {
 
 Entry entries[kMaxDevices];
 std::mutex preparing;
-
-// Reports `error`, and takes it off the runtime's record: it has been told once.
-fxfuse_status CudaFailure(const char* call, const char* what, cudaError_t error) {
-  cudaGetLastError();
-  return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, what, cudaGetErrorString(error));
-}
 
 fxfuse_status PreparePortable(const char* call, const DeviceLimits& limits) {
   const PortableKernels all = AllPortableKernels();
@@ -89,6 +80,11 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
 }
 
 }  // namespace
+
+fxfuse_status CudaFailure(const char* call, const char* what, cudaError_t error) {
+  cudaGetLastError();
+  return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, what, cudaGetErrorString(error));
+}
 
 fxfuse_status CurrentDevice(const char* call, const Device** device) {
   int index = 0;

@@ -3,7 +3,10 @@
 #ifndef FXFUSE_CUDA_DEVICE_H_
 #define FXFUSE_CUDA_DEVICE_H_
 
+#include <cuda_runtime_api.h>
+
 #include "choose.h"
+#include "common.h"
 #include "pointwise_kernel.h"
 
 namespace fxfuse {
@@ -13,6 +16,10 @@ struct Device {
   // Blocks of each pointwise kernel that are resident at a time, on the whole device.
   int pointwise_blocks[kPointwiseKernels];
 };
+
+// FXFUSE_RUNTIME_ERROR that says what `call` was at. Takes the error off the runtime's record: it
+// has been told once.
+fxfuse_status CudaFailure(const char* call, const char* what, cudaError_t error);
 
 // The calling thread's current device, prepared: kernels loaded, shared-memory limits raised.
 // FXFUSE_UNSUPPORTED below sm_80, FXFUSE_RUNTIME_ERROR where the runtime fails (no driver, say);

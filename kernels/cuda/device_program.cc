@@ -114,7 +114,7 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
       return false;
     }
   }
-  return instruction.arity <= 2 && FindCode(static_cast<Opcode>(instruction.opcode), kind, code);
+  return FindCode(static_cast<Opcode>(instruction.opcode), kind, code);
 }
 
 // Fills the chain from the program's instructions, operands and outputs.

@@ -20,8 +20,6 @@
 #ifndef FXFUSE_CUDA_HOPPER_GEMM_CUH_
 #define FXFUSE_CUDA_HOPPER_GEMM_CUH_
 
-#include <type_traits>
-
 #include "chain.cuh"
 #include "fragment.cuh"
 #include "hopper_kernels.h"

@@ -4,6 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <limits>
+
+#include "device.h"
 
 namespace fxfuse {
 namespace {
@@ -140,6 +143,24 @@ bool CanDivide(const HopperKernel& kernel, int split, const fxfuse_problem& prob
          (CeilDivide(problem.k, 64) >= split && tiles <= device.hopper_clusters[split]);
 }
 
+// The cheapest way to divide K for a kernel, or the one the problem asks for.
+struct Division {
+  int split = 0;  // 0: there is none
+  double cost = std::numeric_limits<double>::infinity();
+};
+
+Division BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
+                      const DeviceLimits& device) {
+  Division best;
+  for (int split = 1; split <= kMaxSplit; split *= 2) {
+    if (!CanDivide(kernel, split, problem, device)) break;
+    if (problem.tile != 0 && problem.tile != 16 * kernel.tile_n + split) continue;
+    const double cost = Cost(kernel, split, problem, device);
+    if (cost < best.cost) best = {split, cost};
+  }
+  return best;
+}
+
 // The launch of `blocks` blocks in clusters of `split`; `cluster` is storage the result refers to.
 cudaLaunchConfig_t Configure(const HopperKernel& kernel, int64_t blocks, int split, void* stream,
                              cudaLaunchAttribute* cluster) {
@@ -155,11 +176,6 @@ cudaLaunchConfig_t Configure(const HopperKernel& kernel, int64_t blocks, int spl
   return config;
 }
 
-fxfuse_status CudaFailure(const char* call, const HopperKernel& kernel, cudaError_t error) {
-  cudaGetLastError();  // taken off the runtime's record: it has been told once
-  return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, kernel.name, cudaGetErrorString(error));
-}
-
 }  // namespace
 
 HopperKernels AllHopperKernels() {
@@ -170,29 +186,16 @@ HopperKernels AllHopperKernels() {
 
 HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, bool aligned,
                           const DeviceLimits& device) {
-  HopperChoice best;
   const bool halves = problem.input_dtype == FXFUSE_F16 || problem.input_dtype == FXFUSE_BF16;
-  if (!device.hopper || !aligned || !halves || problem.k == 0) return best;
-  const HopperKernels all = AllHopperKernels();
+  if (!device.hopper || !aligned || !halves || problem.k == 0) return {};
   const MathLevel math = RequiredMath(problem);
-  const bool chain = IsChain(problem, pointers);
-  double best_cost = 0;
-  for (int i = 0; i < all.count; ++i) {
-    const HopperKernel& kernel = all.kernel[i];
-    if (kernel.math < math || kernel.chains != (chain && math < MathLevel::kExact)) continue;
-    for (int split = 1; split <= kMaxSplit; split *= 2) {
-      if (!CanDivide(kernel, split, problem, device)) break;
-      if (problem.tile != 0 && problem.tile != 16 * kernel.tile_n + split) continue;
-      const double cost = Cost(kernel, split, problem, device);
-      const bool cheaper =
-          best.kernel != nullptr && kernel.math == best.kernel->math && cost < best_cost;
-      if (best.kernel == nullptr || kernel.math < best.kernel->math || cheaper) {
-        best = {&kernel, split};
-        best_cost = cost;
-      }
-    }
-  }
-  return best;
+  const bool chains = math < MathLevel::kExact && IsChain(problem, pointers);
+  const HopperKernel* const kernel = BestKernel(
+      AllHopperKernels(), math, [&](const HopperKernel& k) { return k.chains == chains; },
+      [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
+  if (kernel == nullptr) return {};
+  const int split = BestDivision(*kernel, problem, device).split;
+  return split > 0 ? HopperChoice{kernel, split} : HopperChoice{};
 }
 
 fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
@@ -216,7 +219,7 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
       error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &config);
       device->hopper_clusters[split] = std::min(device->hopper_clusters[split], clusters);
     }
-    if (error != cudaSuccess) return CudaFailure(call, kernel, error);
+    if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
   }
   return FXFUSE_OK;
 }
@@ -260,7 +263,7 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
       Configure(kernel, clusters * choice.split, choice.split, stream, &cluster);
   void* parameters[] = {&arguments};
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, parameters);
-  return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, kernel, error);
+  return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, kernel.name, error);
 }
 
 }  // namespace fxfuse

@@ -37,19 +37,16 @@ class KernelTable {
 
 inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The best kernel for a problem's input dtype and outputs among those `serves` admits, or null: of
-// two exact enough the cheaper arithmetic, of one arithmetic the lower `cost`.
+// The best kernel for outputs that need `math` among those `serves` admits, or null: of two exact
+// enough the cheaper arithmetic, of one arithmetic the lower `cost`.
 template <class Kernel, class Serves, class Cost>
-const Kernel* BestKernel(const KernelList<Kernel>& all, const fxfuse_problem& problem,
-                         Serves serves, Cost cost) {
-  const MathLevel math = RequiredMath(problem);
+const Kernel* BestKernel(const KernelList<Kernel>& all, MathLevel math, Serves serves, Cost cost) {
   const Kernel* best = nullptr;
-  int64_t best_cost = 0;
+  decltype(cost(*all.kernel)) best_cost = {};
   for (int i = 0; i < all.count; ++i) {
     const Kernel& kernel = all.kernel[i];
-    if (kernel.input_dtype != problem.input_dtype || kernel.math < math) continue;
-    if (!serves(kernel)) continue;
-    const int64_t own = cost(kernel);
+    if (kernel.math < math || !serves(kernel)) continue;
+    const auto own = cost(kernel);
     if (best == nullptr || kernel.math < best->math ||
         (kernel.math == best->math && own < best_cost)) {
       best = &kernel;

@@ -104,19 +104,16 @@ fxfuse_status LaunchRows(const char* call, SplitArguments* arguments, void* stre
   return Launch(call, kernel.name, kernel.function, blocks, kernel.threads, 0, arguments, stream);
 }
 
-fxfuse_status Zero(const char* call, const char* field, void* data, int64_t count, void* stream) {
+fxfuse_status Zero(const char* call, const char* what, void* data, int64_t count, void* stream) {
   const cudaError_t error =
       cudaMemsetAsync(data, 0, count * sizeof(int32_t), static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return FXFUSE_OK;
-  cudaGetLastError();
-  return Fail(FXFUSE_RUNTIME_ERROR, "%s: cudaMemsetAsync of %s: %s", call, field,
-              cudaGetErrorString(error));
+  return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, what, error);
 }
 
 fxfuse_status LaunchColumns(const char* call, SplitMatrix matrix, void* stream) {
-  fxfuse_status status = Zero(call, "root", matrix.root, matrix.rows, stream);
+  fxfuse_status status = Zero(call, "cudaMemsetAsync of root", matrix.root, matrix.rows, stream);
   if (status == FXFUSE_OK && matrix.special != nullptr) {
-    status = Zero(call, "special", matrix.special, matrix.rows, stream);
+    status = Zero(call, "cudaMemsetAsync of special", matrix.special, matrix.rows, stream);
   }
   const struct {
     const SplitColumnsKernel& step;
@@ -156,11 +153,7 @@ fxfuse_status PrepareSplit(const char* call) {
   for (const SplitKernel* kernel : kernels) {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel->function);
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return Fail(FXFUSE_RUNTIME_ERROR, "%s: %s: %s", call, kernel->name,
-                  cudaGetErrorString(error));
-    }
+    if (error != cudaSuccess) return CudaFailure(call, kernel->name, error);
   }
   return FXFUSE_OK;
 }
