@@ -14,8 +14,8 @@ namespace fxfuse {
 
 // A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on. The lane has the
 // rows `row` and `row + 8`, and of each block eight columns: adjacent ones if `adjacent`, else two
-// of every eight (then nothing is of 32 bits).
-template <class Math, int kBlocks>
+// of every eight (then nothing is of 32 bits). Operands and output are all of kDtype.
+template <class Math, int kDtype, int kBlocks>
 class Chain {
  public:
   static constexpr int kSize = 16 * kBlocks;
@@ -79,14 +79,7 @@ class Chain {
       }
       break;
     }
-    if constexpr (Math::kLevel == MathLevel::kFast) {
-      Store<FXFUSE_BF16>(v);
-    } else {
-      const int dtype = program_.output[program_.chain_output].dtype;
-      if (dtype == FXFUSE_BF16) Store<FXFUSE_BF16>(v);
-      if (dtype == FXFUSE_F16) Store<FXFUSE_F16>(v);
-      if (dtype == FXFUSE_F32) Store<FXFUSE_F32>(v);
-    }
+    Store(v);
   }
 
   // Column `w` of the lane's eight in a block.
@@ -105,13 +98,13 @@ class Chain {
  private:
   static constexpr int kWidth = 8;
   static constexpr int kBlockStep = 32;
-
-  template <int kDtype>
-  static constexpr int kWords = kWidth * DtypeSize(kDtype) / 4;
+  static constexpr int kBytes = DtypeSize(kDtype);
+  static constexpr int kWords = kWidth * kBytes / 4;  // of a vector
+  // Blocks whose vectors are fetched at a time, 32 registers of them.
+  static constexpr int kBatch = kBlocks * kWords > 32 ? 32 / kWords : kBlocks;
 
   // Element `w` of a packed vector.
-  template <int kDtype>
-  static __device__ __forceinline__ float Unpack(const uint32_t (&word)[kWords<kDtype>], int w) {
+  static __device__ __forceinline__ float Unpack(const uint32_t (&word)[kWords], int w) {
     if constexpr (kDtype == FXFUSE_F32) return __uint_as_float(word[w]);
     if constexpr (kDtype == FXFUSE_F16) {
       const float2 pair = UnpackF16(word[w / 2]);
@@ -129,32 +122,26 @@ class Chain {
     return left;
   }
 
-  // Blocks whose vectors are fetched at a time, 32 registers of them.
-  template <int kDtype>
-  static constexpr int kBatch = kBlocks * kWords<kDtype> > 32 ? 32 / kWords<kDtype> : kBlocks;
-
   // The lane's columns of `kBatch` blocks from `first` on, of the matrix row that begins at `row`;
   // zeros outside the matrix.
-  template <int kDtype>
   __device__ __forceinline__ void LoadRow(const void* row, int first,
-                                          uint32_t (&word)[kBatch<kDtype>][kWords<kDtype>]) const {
-    constexpr int kBytes = DtypeSize(kDtype);
-    constexpr int kPairWords = kWords<kDtype> / 4;
+                                          uint32_t (&word)[kBatch][kWords]) const {
+    constexpr int kPairWords = kWords / 4;
     const char* const from = static_cast<const char*>(row) + Column(first, 0) * kBytes;
     const int left = ColumnsLeft() - first * kBlockStep;
 #pragma unroll
-    for (int b = 0; b < kBatch<kDtype>; ++b) {
+    for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-      for (int i = 0; i < kWords<kDtype>; ++i) word[b][i] = 0;
+      for (int i = 0; i < kWords; ++i) word[b][i] = 0;
     }
     if (kDtype == FXFUSE_F32 || adjacent_) {
 #pragma unroll
-      for (int b = 0; b < kBatch<kDtype>; ++b) {
+      for (int b = 0; b < kBatch; ++b) {
         if (b * kBlockStep < left) LoadWords(from + b * kBlockStep * kBytes, word[b]);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4 * kBatch<kDtype>; ++i) {
+      for (int i = 0; i < 4 * kBatch; ++i) {
         if (i * kWidth >= left) continue;
         uint32_t pair[kPairWords];
         LoadWords(from + i * kWidth * kBytes, pair);
@@ -175,34 +162,23 @@ class Chain {
   // Combines with an operand, which has rows of its own if kFull, else the same for all rows.
   template <Opcode op, bool kFull>
   __device__ __forceinline__ void Combine(const ChainStep& step, Values& v) const {
-    if constexpr (Math::kLevel == MathLevel::kFast) {
-      Combine<op, kFull, FXFUSE_BF16>(step, v);
-    } else {
-      if (step.dtype == FXFUSE_BF16) return Combine<op, kFull, FXFUSE_BF16>(step, v);
-      if (step.dtype == FXFUSE_F16) return Combine<op, kFull, FXFUSE_F16>(step, v);
-      Combine<op, kFull, FXFUSE_F32>(step, v);
-    }
-  }
-
-  template <Opcode op, bool kFull, int kDtype>
-  __device__ __forceinline__ void Combine(const ChainStep& step, Values& v) const {
     constexpr int kHalves = kFull ? 1 : 2;  // of the lane's two rows, that one of the operand meets
 #pragma unroll
     for (int h0 = 0; h0 < 2; h0 += kHalves) {
       const char* from = static_cast<const char*>(step.data);
       if constexpr (kFull) {
         const int64_t row = min(row_ + 8 * h0, rows_ - 1);
-        from += row * step.row_stride * DtypeSize(kDtype);
+        from += row * step.row_stride * kBytes;
       }
 #pragma unroll
-      for (int first = 0; first < kBlocks; first += kBatch<kDtype>) {
-        uint32_t word[kBatch<kDtype>][kWords<kDtype>];
-        LoadRow<kDtype>(from, first, word);
+      for (int first = 0; first < kBlocks; first += kBatch) {
+        uint32_t word[kBatch][kWords];
+        LoadRow(from, first, word);
 #pragma unroll
-        for (int b = 0; b < kBatch<kDtype>; ++b) {
+        for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
           for (int w = 0; w < kWidth; ++w) {
-            const float other = Unpack<kDtype>(word[b], w);
+            const float other = Unpack(word[b], w);
 #pragma unroll
             for (int h = h0; h < h0 + kHalves; ++h) {
               float& value = v[Index(first + b, h, w)];
@@ -214,9 +190,7 @@ class Chain {
     }
   }
 
-  template <int kDtype>
   __device__ __forceinline__ void Store(const Values& v) const {
-    constexpr int kBytes = DtypeSize(kDtype);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t row = row_ + 8 * h;

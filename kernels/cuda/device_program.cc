@@ -88,8 +88,8 @@ bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
 }
 
 // Fills `step` from an instruction; false where a chain has no such step.
-bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instruction,
-                   MathLevel math, bool adjacent, ChainStep* step, ChainCode* code) {
+bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instruction, int dtype,
+                   ChainStep* step, ChainCode* code) {
   *step = {};
   if (instruction.save >= 0 || instruction.source[0] != FXFUSE_FROM_PREVIOUS) return false;
   step->p0 = instruction.immediate[0];
@@ -103,13 +103,10 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
     } else if (instruction.source[1] == FXFUSE_FROM_OPERAND) {
       const DeviceOperand& operand = program.operand[index];
       if (((program.row_operands | program.full_operands) >> index & 1) == 0) return false;
-      // What Chain is compiled for: it reads 32 bits only where a lane's columns are adjacent.
-      if (math == MathLevel::kFast && operand.dtype != FXFUSE_BF16) return false;
-      if (!adjacent && operand.dtype == FXFUSE_F32) return false;
+      if (operand.dtype != dtype) return false;
       kind = operand.row_stride == 0 ? ChainKind::kRow : ChainKind::kFull;
       step->data = operand.data;
       step->row_stride = operand.row_stride;
-      step->dtype = operand.dtype;
     } else {
       return false;
     }
@@ -118,23 +115,24 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
 }
 
 // Fills the chain from the program's instructions, operands and outputs.
-void TranslateChain(const fxfuse_problem& problem, DeviceProgram* program) {
-  const MathLevel math = RequiredMath(problem);
-  const bool adjacent = problem.scaled || (!problem.b_transposed && problem.n % 32 == 0);
+void TranslateChain(DeviceProgram* program) {
   program->chain_count = 0;
   program->chain_codes = 0;
   const int count = program->instruction_count;
   if (count > kMaxChain || program->columns % 8 != 0) return;
+  const int output = program->instruction[count - 1].store;
+  if (output < 0) return;
+  const int dtype = program->output[output].dtype;
   for (int i = 0; i < count; ++i) {
     const fxfuse_instruction& instruction = program->instruction[i];
     const bool last = i + 1 == count;
     if ((instruction.store >= 0) != last) return;
     ChainCode code;
-    if (!TranslateStep(*program, instruction, math, adjacent, &program->chain[i], &code)) return;
+    if (!TranslateStep(*program, instruction, dtype, &program->chain[i], &code)) return;
     program->chain_codes |= static_cast<uint64_t>(code) << (4 * i);
   }
-  program->chain_output = program->instruction[count - 1].store;
-  if (program->output[program->chain_output].vector) program->chain_count = count;
+  program->chain_output = output;
+  if (program->output[output].vector) program->chain_count = count;
 }
 
 }  // namespace
@@ -174,14 +172,14 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
     to.vector = VectorAligned(to.data, output.row_stride, problem.m, output.dtype);
   }
   FindVectorOperands(problem, device);
-  TranslateChain(problem, device);
+  TranslateChain(device);
 }
 
-bool IsChain(const fxfuse_problem& problem, void* const* pointers) {
+int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
   static void* const kNone[FXFUSE_PTR_COUNT] = {};
   DeviceProgram program;
   TranslateProgram(problem, pointers != nullptr ? pointers : kNone, &program);
-  return program.chain_count > 0;
+  return program.chain_count > 0 ? program.output[program.chain_output].dtype : kNoChain;
 }
 
 MathLevel RequiredMath(const fxfuse_problem& problem) {

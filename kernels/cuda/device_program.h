@@ -42,8 +42,8 @@ constexpr int64_t kMaxRows = INT32_MAX - 1024;
 
 // A program is a chain when each instruction works on what the one before left, with at most one
 // operand in vectors of eight columns (see row_operands) or with a constant; when none is kept in a
-// slot; and when the last alone stores, in such vectors. Chain runs chains of these ops, and
-// Interpreter any program.
+// slot; when the last alone stores, in such vectors; and when output and operands are of one dtype.
+// Chain runs chains of these ops, and Interpreter any program.
 #define FXFUSE_CHAIN_OPS(X) X(relu) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh) X(copy)
 
 enum class ChainCode : uint8_t {
@@ -61,8 +61,6 @@ enum class ChainCode : uint8_t {
 
 struct ChainStep {
   float p0, p1;
-  int32_t dtype;  // of data, fxfuse_dtype
-  int32_t reserved;
   const void* data;
   int64_t row_stride;  // of data, in elements
 };
@@ -103,8 +101,10 @@ enum class MathLevel : uint8_t {
 // Fills `device` from a validated problem.
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
 
-// Whether the program is a chain, at these addresses or, without any, at aligned ones.
-bool IsChain(const fxfuse_problem& problem, void* const* pointers);
+// The dtype of the chain that the program is, at these addresses or, without any, at aligned ones;
+// kNoChain where it is none.
+constexpr int kNoChain = -1;
+int ChainDtype(const fxfuse_problem& problem, void* const* pointers);
 
 MathLevel RequiredMath(const fxfuse_problem& problem);
 

@@ -5,8 +5,8 @@
 namespace fxfuse {
 
 HopperKernels HopperExact() {
-  static const HopperKernel kernel = DescribeHopper<HopperConfig<DeviceMath, false, 128, 7>>(
-      "hopper_128x128_exact", MathLevel::kExact);
+  static const HopperKernel kernel =
+      DescribeHopper<HopperConfig<DeviceMath, kNoChain, 128, 7>>("hopper_128x128_exact");
   return {&kernel, 1};
 }
 

@@ -28,10 +28,10 @@
 
 namespace fxfuse {
 
-template <class Math_, bool kChains_, int kN_, int kStages_>
+template <class Math_, int kChainDtype_, int kN_, int kStages_>
 struct HopperConfig {
   using Math = Math_;
-  static constexpr bool kChains = kChains_;  // serves chains alone
+  static constexpr int kChainDtype = kChainDtype_;  // serves chains of it alone; or kNoChain
   static constexpr int kM = 128, kN = kN_, kStages = kStages_;
 
   static constexpr int kStageK = 64;  // elements of K in a stage: 128 bytes, one swizzle row
@@ -327,7 +327,7 @@ __device__ __forceinline__ float RootB(const HopperArguments& arguments, uint32_
 }
 
 template <class Config>
-using ChainOf = Chain<typename Config::Math, Config::kN / 32>;
+using ChainOf = Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32>;
 
 // Brings accumulators of scaled planes back.
 template <class Config>
@@ -452,7 +452,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
       if (!ReduceCluster<Config>(arguments, ring, work, inside, accumulator)) continue;
     }
     if (!inside) continue;
-    if constexpr (Config::kChains) {
+    if constexpr (Config::kChainDtype != kNoChain) {
       if (arguments.root_a != nullptr) {
         UndoScaling<Config>(arguments, accumulator, row0, origin.column);
       }
@@ -500,13 +500,13 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 }
 
 template <class Config>
-HopperKernel DescribeHopper(const char* name, MathLevel math) {
+HopperKernel DescribeHopper(const char* name) {
   return {name,
           reinterpret_cast<const void*>(&HopperGemm<Config>),
-          math,
+          Config::Math::kLevel,
           Config::kM,
           Config::kN,
-          Config::kChains,
+          Config::kChainDtype,
           Config::kSharedBytes};
 }
 

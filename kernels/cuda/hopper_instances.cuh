@@ -8,21 +8,18 @@
 
 namespace fxfuse {
 
-// Of the kernels for chains and for any program, tiles of 256, 128 and 64 columns.
+// Names of the kernels with tiles of 256, 128 and 64 columns.
 struct HopperNames {
-  const char* chain[3];
-  const char* any[3];
+  const char* tile[3];
 };
 
-template <class Math>
-HopperKernels InstantiateHopper(const HopperNames& names, MathLevel level) {
+// For chains of one dtype or, with kNoChain, for any program.
+template <class Math, int kChainDtype>
+HopperKernels InstantiateHopper(const HopperNames& names) {
   static const HopperKernel kernels[] = {
-      DescribeHopper<HopperConfig<Math, true, 256, 4>>(names.chain[0], level),
-      DescribeHopper<HopperConfig<Math, true, 128, 7>>(names.chain[1], level),
-      DescribeHopper<HopperConfig<Math, true, 64, 9>>(names.chain[2], level),
-      DescribeHopper<HopperConfig<Math, false, 256, 4>>(names.any[0], level),
-      DescribeHopper<HopperConfig<Math, false, 128, 7>>(names.any[1], level),
-      DescribeHopper<HopperConfig<Math, false, 64, 9>>(names.any[2], level),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 256, 4>>(names.tile[0]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 128, 7>>(names.tile[1]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 64, 9>>(names.tile[2]),
   };
   return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
 }

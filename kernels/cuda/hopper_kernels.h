@@ -40,18 +40,21 @@ struct HopperKernel {
   const void* function;
   MathLevel math;
   int16_t tile_m, tile_n;
-  bool chains;  // serves chains alone (DeviceProgram::chain_count), faster
+  int8_t chain_dtype;  // serves chains of it alone (see ChainDtype), faster; or kNoChain: anything
   int32_t shared_bytes;
 };
 
 constexpr int kHopperThreads = 384;
-constexpr int kMaxHopperKernels = 16;
+constexpr int kMaxHopperKernels = 32;
 constexpr int kMaxSplit = 8;  // the largest cluster every GPU accepts
 
 // The instantiations, in hopper_*.cu.
 using HopperKernels = KernelList<HopperKernel>;
+HopperKernels HopperFastChain();
 HopperKernels HopperFast();
+HopperKernels HopperHalfChain();
 HopperKernels HopperHalf();
+HopperKernels HopperHighChain();
 HopperKernels HopperExact();
 
 }  // namespace fxfuse

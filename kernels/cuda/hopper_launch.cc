@@ -179,8 +179,9 @@ cudaLaunchConfig_t Configure(const HopperKernel& kernel, int64_t blocks, int spl
 }  // namespace
 
 HopperKernels AllHopperKernels() {
-  static const KernelTable<HopperKernel, kMaxHopperKernels> table = {HopperFast(), HopperHalf(),
-                                                                     HopperExact()};
+  static const KernelTable<HopperKernel, kMaxHopperKernels> table = {
+      HopperFastChain(), HopperFast(),      HopperHalfChain(),
+      HopperHalf(),      HopperHighChain(), HopperExact()};
   return table.List();
 }
 
@@ -188,11 +189,14 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
                           const DeviceLimits& device) {
   const bool halves = problem.input_dtype == FXFUSE_F16 || problem.input_dtype == FXFUSE_BF16;
   if (!device.hopper || !aligned || !halves || problem.k == 0) return {};
-  const MathLevel math = RequiredMath(problem);
-  const bool chains = math < MathLevel::kExact && IsChain(problem, pointers);
-  const HopperKernel* const kernel = BestKernel(
-      AllHopperKernels(), math, [&](const HopperKernel& k) { return k.chains == chains; },
-      [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
+  const auto best = [&](int chain_dtype) {
+    return BestKernel(
+        AllHopperKernels(), RequiredMath(problem),
+        [&](const HopperKernel& k) { return k.chain_dtype == chain_dtype; },
+        [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
+  };
+  const HopperKernel* kernel = best(ChainDtype(problem, pointers));
+  if (kernel == nullptr) kernel = best(kNoChain);
   if (kernel == nullptr) return {};
   const int split = BestDivision(*kernel, problem, device).split;
   return split > 0 ? HopperChoice{kernel, split} : HopperChoice{};
