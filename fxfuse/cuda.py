@@ -15,6 +15,7 @@ from .library import (
     POINTER_OPERAND,
     POINTER_OUTPUT,
     POINTER_ROOTS,
+    POINTER_SPECIAL,
     ROUTES,
     Gemm,
     Library,
@@ -36,8 +37,10 @@ from .routes import (
     rows_and_columns,
     tf32_allowed,
 )
-from .split import Planes, split
+from .split import Planes, plane_stride, split
 
+# What serves fp32 inputs as planes of fp16, by torch's name for the precision, and how many planes.
+_PLANES = {"high": 1, "highest": 2}
 _ROUTE_NAMES = {number: name for name, number in ROUTES.items()}
 
 
@@ -59,8 +62,8 @@ def cuda_recipe(
     if refusal is not None:
         raise NoKernel(refusal)
     route = "cublas" if call.weight is None else _choose(call, result, device)
-    if route == "high":
-        return _planes_recipe(call, result, lib, layouts, fixes)
+    if route in _PLANES:
+        return _planes_recipe(call, result, lib, layouts, fixes, route)
     if route == "cublas":
         return _pointwise_recipe(call, result, lib, layouts, fixes)
     recipe = _gemm_recipe(call, result, lib, layouts, fixes, route)
@@ -97,11 +100,10 @@ def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:
 
 def _choose(call: Call, result: Result, device: int) -> str:
     """Who computes the product of a call: "cublas", or our kernels: "auto" leaves it to the library
-    which, "hopper" and "portable" (only where a measurement forces them) do not, "high" takes fp32
-    inputs as planes of fp16."""
+    which, "hopper" and "portable" (only where a measurement forces them) do not, "high" and
+    "highest" take fp32 inputs as planes of fp16."""
     weight, x = call.weight, call.x
     assert weight is not None
-    inner, outer = (0, 1) if call.transposed else (1, 0)
     plain = (
         (weight.stride(1) == 1 or weight.shape[1] == 1)
         and weight.stride(0) >= weight.shape[1]
@@ -109,16 +111,21 @@ def _choose(call: Call, result: Result, device: int) -> str:
         and (call.bias is None or (call.bias.dtype == x.dtype and call.bias.is_contiguous()))
         and x.shape[-1] > 0
     )
-    if not plain or (x.dtype == torch.float32 and not tf32_allowed()):
+    if not plain:
         return "cublas"
     capability = torch.cuda.get_device_capability(device)
     m, n = rows_and_columns(result.acc_shape)
-    assert (n, x.shape[-1]) == (weight.shape[outer], weight.shape[inner])
-    if x.dtype == torch.float32 and capability == (9, 0):
-        if FORCED:
-            return "high" if FORCED[-1] == "hopper" else FORCED[-1]
-        if prefers_planes(m, n, frozen.is_marked(weight)):
-            return "high"
+    if x.dtype == torch.float32:
+        precision = "high" if tf32_allowed() else "highest"
+        planes = capability == (9, 0) and (
+            FORCED[-1] == "hopper"
+            if FORCED
+            else prefers_planes(precision, m, n, frozen.is_marked(weight))
+        )
+        if planes:
+            return precision
+        if precision == "highest":
+            return "cublas"
     if call.transposed and (x.dtype == torch.float32 or capability != (9, 0)):
         return "cublas"
     if FORCED:
@@ -131,13 +138,15 @@ def _choose(call: Call, result: Result, device: int) -> str:
     return preferred_route(capability, m, n, x.shape[-1], 8 * x.element_size())
 
 
-def prefers_planes(m: int, n: int, frozen_weight: bool) -> bool:
-    """Whether an fp32 product in "high" precision is faster on planes than in cuBLAS's TF32.
+def prefers_planes(precision: str, m: int, n: int, frozen_weight: bool) -> bool:
+    """Whether an fp32 product is faster on planes than in cuBLAS, on an H200.
 
-    Planes halve the time of the product and cost a read and half a write of either matrix; at the
-    rates of an H200 (4.1 TB/s; 390 TFLOP/s in TF32, 750 in fp16) that pays from so many rows of
-    the other on.
+    precision: "high", where planes halve the time of a product in TF32 (390 TFLOP/s); "highest",
+    where they take a fifth of that in fp32 (51). They cost a read of either matrix and half a
+    write, or a whole one, at 4.1 TB/s, and that pays from so many rows of the other on.
     """
+    if precision == "highest":
+        return n >= 64 and m >= (32 if frozen_weight else 64)
     return n >= 768 and m >= (128 if frozen_weight else 768)
 
 
@@ -238,13 +247,18 @@ def _fill(
 
 
 def _planes_recipe(
-    call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
+    call: Call,
+    result: Result,
+    lib: Library,
+    layouts: Sequence[OperandLayout],
+    fixes: Fixes,
+    precision: str,
 ) -> Recipe:
     """Two launches: fp32 inputs to planes of fp16, and their product with the chain."""
     rows, columns = rows_and_columns(result.acc_shape)
     copies, lda = flatten_rows(call.x)
-    k = call.x.shape[-1]
-    stride = -(-k // 8) * 8
+    k, planes = call.x.shape[-1], _PLANES[precision]
+    stride = plane_stride(k)
     bias_dtype = None if call.bias is None else call.bias.dtype
     problem = lib.problem(
         call.program,
@@ -254,7 +268,7 @@ def _planes_recipe(
         0,
         layouts,
         result.dtypes,
-        Gemm(k, stride, stride, bias_dtype, scaled=True),
+        Gemm(k, stride, stride, bias_dtype, planes=planes),
         route="hopper",
     )
     _chosen(lib, problem)
@@ -263,7 +277,7 @@ def _planes_recipe(
     transposed = call.transposed
 
     def planes_of(weight: torch.Tensor) -> Planes:
-        return split(weight.t() if transposed else weight, planes=1)[0]
+        return split(weight.t() if transposed else weight, planes=planes)[0]
 
     def run(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
@@ -272,19 +286,21 @@ def _planes_recipe(
         x = x.contiguous() if copies else x
         matrix = x.as_strided((rows, k), (lda, 1))
         if frozen.is_marked(weight):
-            (a,) = split(matrix, planes=1)
-            b = frozen.prepared(weight, ("planes", 1, transposed), planes_of)
+            (a,) = split(matrix, planes=planes)
+            b = frozen.prepared(weight, ("planes", planes, transposed), planes_of)
         else:
-            a, b = split(matrix, weight.t() if transposed else weight, planes=1)
+            a, b = split(matrix, weight.t() if transposed else weight, planes=planes)
         operands = fixed(operands, fixes)
         pointers = Pointers()
-        pointers[0], pointers[1] = a.plane.data_ptr(), b.plane.data_ptr()
-        pointers[POINTER_ROOTS], pointers[POINTER_ROOTS + 1] = a.root.data_ptr(), b.root.data_ptr()
+        for i, of in enumerate((a, b)):
+            pointers[i] = of.plane.data_ptr()
+            pointers[POINTER_ROOTS + i] = of.root.data_ptr()
+            pointers[POINTER_SPECIAL + i] = of.special.data_ptr()
         outputs = _fill(pointers, x, bias, operands, described)
         launch(pointers)
         return outputs
 
-    return Recipe("hopper-high", None, run)
+    return Recipe(f"hopper-{precision}", None, run)
 
 
 def _chosen(lib: Library, problem: library.ProblemStruct) -> tuple[str, str]:

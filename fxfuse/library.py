@@ -23,14 +23,15 @@ from .lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, lower
 from .ops import KERNEL_OPS, OPS
 from .program import Program
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3}
 STATUS_UNSUPPORTED = 2
 POINTER_OPERAND = 3
 POINTER_OUTPUT = POINTER_OPERAND + MAX_OPERANDS
 POINTER_ROOTS = POINTER_OUTPUT + MAX_OUTPUTS
-Pointers = ctypes.c_void_p * (POINTER_ROOTS + 2)
+POINTER_SPECIAL = POINTER_ROOTS + 2
+Pointers = ctypes.c_void_p * (POINTER_SPECIAL + 2)
 
 
 class InstructionStruct(ctypes.Structure):
@@ -99,7 +100,7 @@ class ProblemStruct(ctypes.Structure):
         ("has_bias", ctypes.c_int32),
         ("bias_dtype", ctypes.c_int32),
         ("b_transposed", ctypes.c_int32),
-        ("scaled", ctypes.c_int32),
+        ("planes", ctypes.c_int32),
         ("route", ctypes.c_int32),
         ("tile", ctypes.c_int32),
         ("program", ProgramStruct),
@@ -140,8 +141,8 @@ class OperandLayout:
 class Gemm:
     """The product a CUDA problem begins with: A [M, K], B [N, K] or, where `transposed`, [K, N].
 
-    lda, ldb: row strides in elements. bias: its dtype, or None. scaled: A and B are planes of fp16
-    as `split` makes them.
+    lda, ldb: row strides in elements. bias: its dtype, or None. planes: A and B are so many planes
+    of fp16 each, as `split` makes them, or 0.
     """
 
     k: int
@@ -149,7 +150,7 @@ class Gemm:
     ldb: int
     bias: torch.dtype | None
     transposed: bool = False
-    scaled: bool = False
+    planes: int = 0
 
 
 class Library:
@@ -222,7 +223,7 @@ class Library:
             problem.k, problem.lda, problem.ldb = gemm.k, gemm.lda, gemm.ldb
             problem.has_gemm, problem.has_bias = 1, int(gemm.bias is not None)
             problem.bias_dtype = DTYPES[gemm.bias or dtype]
-            problem.b_transposed, problem.scaled = int(gemm.transposed), int(gemm.scaled)
+            problem.b_transposed, problem.planes = int(gemm.transposed), gemm.planes
         steps = lower(program)
         out = problem.program
         out.instruction_count, out.operand_count = len(steps), len(operands)

@@ -19,7 +19,7 @@ from .library import SplitStruct
 
 MAX_SPLITS = 2
 _ALIGNMENT = 8  # columns: a row of a plane starts at a multiple of 16 bytes
-_ROOM = 31  # rows behind the last that may be read
+_ROWS = 32  # a plane is allocated in multiples of so many
 _SMALLEST_HALF = 2.0**-24
 
 
@@ -27,10 +27,10 @@ _SMALLEST_HALF = 2.0**-24
 class Planes:
     """fp16 planes of a matrix [rows, k]: plane.sum(0)[:, :k] * root[:, None] ** 2 is the matrix.
 
-    plane: fp16 [planes, rows, plane_stride]; columns from k on are 0, and room for 31 more rows
-    follows, because kernels read rows by 32. root: fp32 [rows], powers of
-    two. special: int32 [rows], 1 where a row holds an infinity or a NaN; the first plane has them
-    as they are, the second has 0 there.
+    plane: fp16 [planes, rows, plane_stride]; columns from k on are 0, and each plane has room up to
+    a multiple of 32 rows, because kernels read so many at a time. root: fp32 [rows], powers of two.
+    special: int32 [rows], 1 where a row holds an infinity or a NaN; the first plane has them as
+    they are, the second has 0 there.
     """
 
     plane: torch.Tensor
@@ -88,12 +88,16 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
 
 
+def plane_stride(k: int) -> int:
+    """Elements from one row of a plane to the next, for rows of k."""
+    return -(-k // _ALIGNMENT) * _ALIGNMENT
+
+
 def _empty(matrix: torch.Tensor, planes: int) -> Planes:
     rows, k = matrix.shape
-    stride = -(-k // _ALIGNMENT) * _ALIGNMENT
-    room = matrix.new_empty((planes * rows + _ROOM, stride), dtype=torch.float16)
+    room = (planes, -(-rows // _ROWS) * _ROWS, plane_stride(k))
     return Planes(
-        plane=room[: planes * rows].view(planes, rows, stride),
+        plane=matrix.new_empty(room, dtype=torch.float16)[:, :rows],
         root=matrix.new_empty(rows),
         special=matrix.new_empty(rows, dtype=torch.int32),
         k=k,

@@ -98,9 +98,9 @@ class Checker {
     if (p.bias_dtype < FXFUSE_F32 || p.bias_dtype > FXFUSE_BF16) {
       return Bad("bias_dtype", p.bias_dtype, "f32 (0), f16 (1) or bf16 (2)");
     }
-    if (p.scaled != 0 && p.scaled != 1) return Bad("scaled", p.scaled, "0 or 1");
-    if (p.scaled && p.input_dtype != FXFUSE_F16) {
-      return Bad("input_dtype", p.input_dtype, "f16 (1) where scaled");
+    if (p.planes < 0 || p.planes > 2) return BadRange("planes", p.planes, 0, 2);
+    if (p.planes > 0 && p.input_dtype != FXFUSE_F16) {
+      return Bad("input_dtype", p.input_dtype, "f16 (1) of planes");
     }
     if (p.b_transposed != 0 && p.b_transposed != 1) {
       return Bad("b_transposed", p.b_transposed, "0 or 1");
@@ -216,10 +216,10 @@ class Checker {
       return Null("B");
     }
     if (problem_.has_bias && pointers_[FXFUSE_PTR_BIAS] == nullptr) return Null("bias");
-    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_A] == nullptr) return Null("root_a");
-    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
-    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_A] == nullptr) return Null("root_a");
-    if (problem_.scaled && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
+    if (problem_.planes > 0 && pointers_[FXFUSE_PTR_ROOT_A] == nullptr) return Null("root_a");
+    if (problem_.planes > 0 && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
+    if (problem_.planes > 1 && pointers_[FXFUSE_PTR_SPECIAL_A] == nullptr) return Null("special_a");
+    if (problem_.planes > 1 && pointers_[FXFUSE_PTR_SPECIAL_B] == nullptr) return Null("special_b");
     for (int i = 0; i < program_.operand_count; ++i) {
       if ((used_operands_ >> i & 1u) != 0 && pointers_[FXFUSE_PTR_OPERAND + i] == nullptr) {
         return Null("operand", i);

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from hopper import SPLITS, TILES, run_tile
+from helpers_hopper import SPLITS, TILES, run_tile
 
 from fxfuse import library
 from fxfuse.errors import LibraryError
@@ -34,9 +34,11 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device="cuda").to(dtype)
 
 
-def close(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> bool:
+def close(
+    found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, factor: float = 1.0
+) -> bool:
     norm = truth.norm().clamp_min(1e-3)
-    return bool((found.double() - truth).norm() <= TOLERANCE[dtype] * norm)
+    return bool((found.double() - truth).norm() <= factor * TOLERANCE[dtype] * norm)
 
 
 def chain(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -94,15 +96,24 @@ def hopper_cases() -> Iterator[tuple[str, bool]]:
                 yield name, close(found[0], truths[program], dtype)
 
 
-def high_cases() -> Iterator[tuple[str, bool]]:
-    """fp32 products on planes of fp16."""
-    torch.set_float32_matmul_precision("high")
-    for m, n, k in ((130, 264, 520), (9, 50, 77)):
+def planes_cases() -> Iterator[tuple[str, bool]]:
+    """fp32 products on one and two planes of fp16, and of two with special rows."""
+    program = "t1 = silu acc; store t1"
+    sizes = ((130, 264, 520), (9, 50, 77))
+    for planes, tile, split, (m, n, k) in itertools.product((1, 2), TILES, SPLITS, sizes):
         x, weight, bias = (randn(*s, dtype=torch.float32) for s in ((m, k), (n, k), (n,)))
-        truth = F.silu(F.linear(x.double(), weight.double(), bias.double()))
-        with forced_route("hopper"):
-            found = fused_linear(x, weight, bias, [], "t1 = silu acc; store t1")
-        yield f"high {m}x{n}x{k}", close(found, truth, torch.float32)
+        for special in (False, True)[:planes]:
+            if special:
+                x[5, 7] = torch.inf
+            found = run_tile(x, weight, bias, [], program, tile, split, planes=planes)
+            if found is None:
+                continue
+            truth = F.silu(F.linear(x.double(), weight.double(), bias.double()))
+            right = torch.equal(found[0].isfinite(), truth.isfinite())
+            finite = truth.isfinite()
+            factor = 1.0 if planes == 1 else 1e-3
+            right &= close(found[0][finite], truth[finite], torch.float32, factor)
+            yield f"{planes} planes {tile}/{split} {m}x{n}x{k} special {special}", right
 
 
 def pointwise_cases() -> Iterator[tuple[str, bool]]:
@@ -146,7 +157,7 @@ def main() -> int:
     passed, wrong = 0, []
     cases = [gemm_cases(), pointwise_cases(), split_cases()]
     if torch.cuda.get_device_capability() == (9, 0):
-        cases += [hopper_cases(), high_cases()]
+        cases += [hopper_cases(), planes_cases()]
     for name, right in itertools.chain(*cases):
         passed += right
         if not right:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hopper import SPLITS, TILES, run_tile
+from helpers_hopper import FAMILIES, SPLITS, TILES, error, hopper, randn, row_errors, run_tile
 from torch import nn
 
 import fxfuse
@@ -13,11 +13,6 @@ from fxfuse import fused, recipes
 from fxfuse.cuda import preferred_route, prefers_planes, where_aligned
 from fxfuse.fused import forced_route, fused_linear
 from fxfuse.routes import Recipe
-
-hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs a GPU of sm_90",
-)
 
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
 WIDE = "t1 = gelu acc; t2 = mul t1, $0; t3 = add t2, $1; t4 = mul t3, acc; store t4, t1"
@@ -42,14 +37,6 @@ def _seeded():
     torch.set_float32_matmul_precision(precision)
 
 
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape, device="cuda").to(dtype)
-
-
-def error(found, truth):
-    return ((found.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
-
-
 # What serves a shape, known without a GPU ---------------------------------------------------------
 
 
@@ -64,10 +51,12 @@ def test_preferred_route_of_hopper():
 
 
 def test_planes_pay_from_so_many_rows_on():
-    assert prefers_planes(1024, 8192, False)
-    assert not prefers_planes(512, 8192, False)
-    assert prefers_planes(512, 8192, True)
-    assert not prefers_planes(1024, 512, True)
+    assert prefers_planes("high", 1024, 8192, False)
+    assert not prefers_planes("high", 512, 8192, False)
+    assert prefers_planes("high", 512, 8192, True)
+    assert not prefers_planes("high", 1024, 512, True)
+    assert prefers_planes("highest", 128, 512, False)
+    assert not prefers_planes("highest", 16, 8192, False)
 
 
 def test_inputs_between_multiples_of_16_bytes_take_the_other_recipe():
@@ -155,28 +144,6 @@ def test_a_conv1d_whose_input_is_not_aligned(dtype):
 
 
 # "high" precision ---------------------------------------------------------------------------------
-
-FAMILIES = {
-    "uniform": lambda m, k: torch.rand(m, k),
-    "normal": lambda m, k: torch.randn(m, k),
-    "lognormal": lambda m, k: torch.randn(m, k).mul(3).exp(),
-    "outlier columns": lambda m, k: (
-        torch.randn(m, k) * torch.where(torch.arange(k) % 97 == 0, 1e4, 1.0)
-    ),
-    "tiny": lambda m, k: torch.randn(m, k) * 1e-30,
-    "huge": lambda m, k: torch.randn(m, k) * 1e30,
-    "rows of many scales": lambda m, k: torch.randn(m, k) * torch.logspace(-30, 30, m)[:, None],
-    "rows of huge range": lambda m, k: torch.randn(m, k) * torch.logspace(-9, 9, k),
-    "denormal": lambda m, k: torch.randn(m, k) * 1e-39,
-    "sparse": lambda m, k: torch.randn(m, k).relu(),
-    "zero rows": lambda m, k: torch.randn(m, k) * (torch.arange(m) % 2)[:, None],
-}
-
-
-def row_errors(found, truth):
-    """Of each row in norm: rows may differ by more than fp32 reaches."""
-    scale = truth.abs().amax(1, keepdim=True).clamp_min(1e-300)
-    return ((found.double() - truth) / scale).norm(dim=1) / (truth / scale).norm(dim=1).clamp_min(1)
 
 
 @hopper

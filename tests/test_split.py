@@ -196,7 +196,7 @@ REFUSED = {
     "plane_stride": (9, "matrices[0].plane_stride=9, expected a multiple of 8, k or more"),
     "source": (0, "matrices[0].source=(nil), expected a multiple of 4"),
     "plane": (8, "matrices[0].plane=0x8, expected a multiple of 16"),
-    "root": (0, "matrices[0].root=(nil), expected a multiple of 4"),
+    "root": (8, "matrices[0].root=0x8, expected a multiple of 16"),
 }
 
 

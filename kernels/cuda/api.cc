@@ -41,7 +41,7 @@ bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
 // columns leave the portable tiles few SMs to read a long K with (measured on an H200,
 // scripts/bench_routes.py).
 bool PortableIsFaster(const fxfuse_problem& problem) {
-  if (problem.b_transposed || problem.scaled) return false;
+  if (problem.b_transposed || problem.planes > 0) return false;
   if (problem.m <= 32) return problem.n >= 2048 || problem.k <= 1024;
   constexpr double kTiny = 1 << 28;
   return problem.k <= 1024 && static_cast<double>(problem.m) * problem.n * problem.k <= kTiny;
@@ -66,11 +66,11 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
     return Fail(FXFUSE_BAD_ARGUMENT, "%s: route=pointwise (%d), expected has_gemm=0 with it", call,
                 problem.route);
   }
-  if (problem.b_transposed || problem.scaled) {
+  if (problem.b_transposed || problem.planes > 0) {
     return Fail(FXFUSE_UNSUPPORTED,
-                "%s: b_transposed=%d, scaled=%d: the portable route has neither, and the Hopper "
+                "%s: b_transposed=%d, planes=%d: the portable route has neither, and the Hopper "
                 "route cannot serve the problem",
-                call, problem.b_transposed, problem.scaled);
+                call, problem.b_transposed, problem.planes);
   }
   fxfuse_status status = CheckLimit(call, "k", problem.k, kPortableMaxK);
   if (status != FXFUSE_OK) return status;

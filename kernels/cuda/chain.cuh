@@ -12,6 +12,12 @@
 
 namespace fxfuse {
 
+// The accumulator of column `w` of a lane's eight in a block of 32 columns, in row half `h`: two
+// columns of one row, two of the other, and on to the next pair.
+__host__ __device__ constexpr int AccumulatorIndex(int block, int h, int w) {
+  return 4 * (4 * block + w / 2) + 2 * h + w % 2;
+}
+
 // A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on. The lane has the
 // rows `row` and `row + 8`, and of each block eight columns: adjacent ones if `adjacent`, else two
 // of every eight (then nothing is of 32 bits). Operands and output are all of kDtype.
@@ -87,12 +93,6 @@ class Chain {
     const int quad = threadIdx.x % 4;
     return column_ + block * kBlockStep +
            (adjacent_ ? 8 * quad + w : 8 * (w / 2) + 2 * quad + w % 2);
-  }
-
-  // The accumulator of column `w` in row half `h`, in the tensor cores' order: two columns of one
-  // row, two of the other, and on to the next pair.
-  static __host__ __device__ constexpr int Index(int block, int h, int w) {
-    return 4 * (4 * block + w / 2) + 2 * h + w % 2;
   }
 
  private:
@@ -181,7 +181,7 @@ class Chain {
             const float other = Unpack(word[b], w);
 #pragma unroll
             for (int h = h0; h < h0 + kHalves; ++h) {
-              float& value = v[Index(first + b, h, w)];
+              float& value = v[AccumulatorIndex(first + b, h, w)];
               value = Apply<Math, op>(value, other, 0.0f, 0.0f, 0.0f);
             }
           }
@@ -202,7 +202,7 @@ class Chain {
         for (int b = 0; b < kBlocks; ++b) {
           float eight[kWidth];
 #pragma unroll
-          for (int w = 0; w < kWidth; ++w) eight[w] = v[Index(b, h, w)];
+          for (int w = 0; w < kWidth; ++w) eight[w] = v[AccumulatorIndex(b, h, w)];
           if (b * kBlockStep >= left) continue;
           StoreVector<kWidth>(to + b * kBlockStep * kBytes, kDtype, 0, eight);
         }
@@ -210,7 +210,8 @@ class Chain {
 #pragma unroll
         for (int i = 0; i < 4 * kBlocks; ++i) {
           const int w = i % 4 * 2;
-          const float pair[] = {v[Index(i / 4, h, w)], v[Index(i / 4, h, w + 1)]};
+          const float pair[] = {v[AccumulatorIndex(i / 4, h, w)],
+                                v[AccumulatorIndex(i / 4, h, w + 1)]};
           if (i * kWidth >= left) continue;
           StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
         }

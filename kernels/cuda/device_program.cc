@@ -186,8 +186,8 @@ MathLevel RequiredMath(const fxfuse_problem& problem) {
   MathLevel level = MathLevel::kFast;
   for (int i = 0; i < problem.program.output_count; ++i) {
     const int dtype = problem.program.output[i].dtype;
-    // What products of scaled fp16 planes are off by covers what kHalf is.
-    if (dtype == FXFUSE_F32 && !problem.scaled) return MathLevel::kExact;
+    // What products of single fp16 planes are off by covers what kHalf is.
+    if (dtype == FXFUSE_F32 && problem.planes != 1) return MathLevel::kExact;
     if (dtype != FXFUSE_BF16) level = MathLevel::kHalf;
   }
   return level;

@@ -1,4 +1,4 @@
-// Outputs of fp32.
+// fp32 outputs of products of 16-bit matrices.
 
 #include "hopper_instances.cuh"
 
@@ -6,7 +6,7 @@ namespace fxfuse {
 
 HopperKernels HopperExact() {
   static const HopperKernel kernel =
-      DescribeHopper<HopperConfig<DeviceMath, kNoChain, 128, 7>>("hopper_128x128_exact");
+      DescribeHopper<HopperConfig<DeviceMath, kNoChain, 1, 128, 7>>("hopper_128x128_exact");
   return {&kernel, 1};
 }
 

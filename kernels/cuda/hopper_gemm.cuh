@@ -1,4 +1,6 @@
-// D = epilogue(A @ B^T), A [M, K] and B [N, K] (or [K, N]) of 16 bits, on sm_90a.
+// D = epilogue(A @ B^T), A [M, K] and B [N, K] (or [K, N]) of 16 bits, on sm_90a; or, of fp32
+// matrices that were split into two fp16 planes each (see fxfuse_cuda_split),
+// D = epilogue(lo(A) @ hi(B)^T + hi(A) @ lo(B)^T + hi(A) @ hi(B)^T).
 //
 // Persistent and warp-specialised: two producer threads keep a ring of stages filled by bulk
 // tensor copies, also while two consumer warpgroups, each with 64 rows of the tile, run the
@@ -15,6 +17,10 @@
 // columns of every eight; rows of B are brought in an order that makes those eight adjacent columns
 // of D, so that the lane reads and writes 16 bytes at a time.
 //
+// Three products of planes are more accurate than a product in fp32 (Ootomo and Yokota, 2022, arXiv
+// 2203.03341). The tensor cores truncate what they add up, so every 64 of K it is added to sums
+// that are kept beside the accumulator (promotion).
+//
 // Phases: setup, producer, consumer (mainloop, reduction, epilogue and store).
 
 #ifndef FXFUSE_CUDA_HOPPER_GEMM_CUH_
@@ -28,16 +34,19 @@
 
 namespace fxfuse {
 
-template <class Math_, int kChainDtype_, int kN_, int kStages_>
+constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
+
+template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_>
 struct HopperConfig {
   using Math = Math_;
   static constexpr int kChainDtype = kChainDtype_;  // serves chains of it alone; or kNoChain
+  static constexpr int kPlanes = kPlanes_;          // of each matrix: 1, or 2 for three products
   static constexpr int kM = 128, kN = kN_, kStages = kStages_;
 
-  static constexpr int kStageK = 64;  // elements of K in a stage: 128 bytes, one swizzle row
-  static constexpr int kRowBytes = 128;
-  static constexpr int kBytesA = kM * kRowBytes;
-  static constexpr int kStageBytes = kBytesA + kN * kRowBytes;
+  static constexpr int kStageK = kRowBytes / 2;  // elements of K in a stage
+  // A stage holds the planes of A and then those of B.
+  static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes;  // of a plane
+  static constexpr int kStageBytes = kPlanes * (kBytesA + kBytesB);
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSteps = kStageK / 16;
   static constexpr int kSharedBytes = 1024 + kRingBytes + 16 * kStages;
@@ -48,6 +57,7 @@ struct HopperConfig {
   using Fragment = RowFragment<8, 2, 2, 32>;
 
   static_assert(kN == 64 || kN == 128 || kN == 256, "there is a wgmma for it");
+  static_assert(kPlanes == 1 || kN <= 128, "two sets of accumulators fit the registers");
   static_assert(kSharedBytes <= 227 * 1024, "what a block may have on sm_90");
   static_assert((kMaxSplit - 1) * kM * kN * 4 / kMaxSplit <= kRingBytes,
                 "the ring holds what other blocks of a cluster send");
@@ -128,7 +138,6 @@ __device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) 
 // Brings `rows` rows of B, from `n` on, or as many columns, at `k`, in boxes of `box`.
 __device__ __forceinline__ void CopyB(const CUtensorMap& map, LayoutB layout, int box, uint32_t to,
                                       uint32_t full, int n, int rows, int k) {
-  constexpr int kRowBytes = 128;
   for (int i = 0; i < rows; i += box) {
     if (layout == LayoutB::kInterleaved) {
       copy_box(to + i * kRowBytes, &map, full, k, 0, 0, 0, (n + i) / 32);
@@ -140,8 +149,29 @@ __device__ __forceinline__ void CopyB(const CUtensorMap& map, LayoutB layout, in
   }
 }
 
-// Two threads produce: one brings A and announces the bytes of a stage, the other (`brings_b`)
-// brings B. One alone is too slow for the narrowest tile.
+// Whether a row of A or B in the tile is special. To be called by a whole warp.
+template <class Config>
+__device__ __forceinline__ bool HasSpecial(const HopperArguments& arguments,
+                                           const TileOrigin& tile) {
+  const int lane = threadIdx.x % 32;
+  int special = 0;
+#pragma unroll
+  for (int i = 0; i < Config::kM; i += 32) {
+    const int row = tile.row + i + lane;
+    if (row < static_cast<int>(arguments.program.rows)) special |= __ldg(arguments.special_a + row);
+  }
+#pragma unroll
+  for (int i = 0; i < Config::kN; i += 32) {
+    const int row = tile.column + i + lane;
+    if (row < static_cast<int>(arguments.program.columns)) {
+      special |= __ldg(arguments.special_b + row);
+    }
+  }
+  return __any_sync(~0u, special);
+}
+
+// Two warps produce, a thread of each: one brings A and announces the bytes of a stage, the other
+// (`brings_b`) brings B. One alone is too slow for the narrowest tile.
 //
 // Boxes that lie outside the matrices are left out: bringing zeros takes longer than bringing data
 // (an H200 took 79 us for 1 x 8192 -> 8192 where it took 42 for 128 rows). What the tile holds in
@@ -151,9 +181,15 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
                                         const Barriers<Config>& barriers, const BlockWork& work,
                                         bool brings_b) {
   RingPosition<Config> at;
+  const bool issues = threadIdx.x % 32 == 0;
   for (int round = 0;; ++round) {
     const TileOrigin tile = FindTile<Config>(arguments, round);
     if (tile.row < 0) return;
+    int stages = work.stages;
+    if constexpr (Config::kPlanes == 2) {
+      if (HasSpecial<Config>(arguments, tile)) stages *= 2;
+    }
+    if (!issues) continue;
     const int left_m = static_cast<int>(arguments.program.rows) - tile.row;
     const int left_n = static_cast<int>(arguments.program.columns) - tile.column;
     const bool whole_a = left_m >= Config::kM, whole_b = left_n >= Config::kN;
@@ -164,17 +200,24 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
         whole_b && arguments.layout_b != LayoutB::kColumns ? Config::kN : arguments.edge_b;
     const CUtensorMap& a = whole_a ? arguments.a : arguments.a_edge;
     const CUtensorMap& b = whole_b ? arguments.b : arguments.b_edge;
-    for (int stage = 0; stage < work.stages; ++stage) {
+    for (int stage = 0; stage < stages; ++stage) {
       barrier_wait(barriers.Empty(at.slot), at.parity ^ 1);
       const uint32_t full = barriers.Full(at.slot);
-      const uint32_t to = ring + at.slot * Config::kStageBytes;
-      const int k = (work.first_stage + stage) * Config::kStageK;
-      if (brings_b) {
-        CopyB(b, arguments.layout_b, box_b, to + Config::kBytesA, full, tile.column, rows_b, k);
-      } else {
-        barrier_arrive_expect(full, (rows_a + rows_b) * Config::kRowBytes);
-        for (int i = 0; i < rows_a; i += box_a) {
-          copy_box(to + i * Config::kRowBytes, &a, full, k, tile.row + i);
+      const uint32_t to_a = ring + at.slot * Config::kStageBytes;
+      const uint32_t to_b = to_a + Config::kPlanes * Config::kBytesA;
+      const int again = Config::kPlanes == 2 && stage >= work.stages ? work.stages : 0;
+      const int k = (work.first_stage + stage - again) * Config::kStageK;
+      if (!brings_b) barrier_arrive_expect(full, Config::kPlanes * (rows_a + rows_b) * kRowBytes);
+#pragma unroll
+      for (int p = 0; p < Config::kPlanes; ++p) {
+        if (brings_b) {
+          CopyB(b, arguments.layout_b, box_b, to_b + p * Config::kBytesB, full,
+                tile.column + p * arguments.plane_rows_b, rows_b, k);
+        } else {
+          for (int i = 0; i < rows_a; i += box_a) {
+            copy_box(to_a + p * Config::kBytesA + i * kRowBytes, &a, full, k,
+                     tile.row + p * arguments.plane_rows_a + i);
+          }
         }
       }
       at.Advance();
@@ -184,17 +227,40 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
 
 // Consumer: mainloop ------------------------------------------------------------------------------
 
-// Issues this warpgroup's multiply-adds of one stage.
+// Issues this warpgroup's multiply-adds of one stage, of one plane of each matrix.
 template <class Config, class Input, Major kMajorB>
 __device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, uint32_t stage,
                                               int group, int accumulate) {
-  const uint64_t a = describe<Major::kK>(stage + group * 64 * Config::kRowBytes);
-  const uint64_t b = describe<kMajorB>(stage + Config::kBytesA);
+  const uint64_t a = describe<Major::kK>(stage + group * 64 * kRowBytes);
+  const uint64_t b = describe<kMajorB>(stage + Config::kPlanes * Config::kBytesA);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
     Wgmma<Input, kMajorB>::Multiply(accumulator, a + step * kDescriptorStep<Major::kK>,
                                     b + step * kDescriptorStep<kMajorB>, step > 0 || accumulate);
+  }
+  wgmma_commit();
+}
+
+// The same of two planes each, from zero. What is small comes first, so that less is truncated.
+template <class Config>
+__device__ __forceinline__ void MultiplyStagePlanes(Accumulator<Config>& accumulator,
+                                                    uint32_t stage, int group) {
+  using Product = Wgmma<__half, Major::kK>;
+  constexpr uint64_t kStep = kDescriptorStep<Major::kK>;
+  const uint64_t hi_a = describe<Major::kK>(stage + group * 64 * kRowBytes);
+  const uint64_t lo_a = hi_a + (Config::kBytesA >> 4);
+  const uint64_t hi_b = describe<Major::kK>(stage + 2 * Config::kBytesA);
+  const uint64_t lo_b = hi_b + (Config::kBytesB >> 4);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    Product::Multiply(accumulator, lo_a + step * kStep, hi_b + step * kStep, step > 0);
+    Product::Multiply(accumulator, hi_a + step * kStep, lo_b + step * kStep, 1);
+  }
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    Product::Multiply(accumulator, hi_a + step * kStep, hi_b + step * kStep, 1);
   }
   wgmma_commit();
 }
@@ -231,6 +297,31 @@ __device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& 
   ReleaseStage(barriers, previous);
 }
 
+// Of two planes each. The other warpgroup's multiply-adds run while this one promotes its own.
+template <class Config, class Meanwhile>
+__device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Config>& barriers,
+                                               int stages, int group, Accumulator<Config>& sum,
+                                               RingPosition<Config>& at,
+                                               const Meanwhile& meanwhile) {
+  barrier_wait(barriers.Full(at.slot), at.parity);
+  MultiplyStagePlanes<Config>(sum, ring + at.slot * Config::kStageBytes, group);
+  meanwhile();
+  wgmma_wait<0>();
+  ReleaseStage(barriers, at.slot);
+  at.Advance();
+#pragma unroll 1
+  for (int stage = 1; stage < stages; ++stage) {
+    Accumulator<Config> part;
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    MultiplyStagePlanes<Config>(part, ring + at.slot * Config::kStageBytes, group);
+    wgmma_wait<0>();
+    ReleaseStage(barriers, at.slot);
+    at.Advance();
+#pragma unroll
+    for (int i = 0; i < Config::kN / 2; ++i) sum[i] += part[i];
+  }
+}
+
 // Passes over a tile's stages: all of this warpgroup's rows lie below the matrix.
 template <class Config>
 __device__ __forceinline__ void SkipStages(const Barriers<Config>& barriers, int stages,
@@ -239,6 +330,34 @@ __device__ __forceinline__ void SkipStages(const Barriers<Config>& barriers, int
     barrier_wait(barriers.Full(at.slot), at.parity);
     ReleaseStage(barriers, at.slot);
     at.Advance();
+  }
+}
+
+// Of a tile of two planes each with special rows: multiplies the high planes alone, which gives
+// their infinities and NaNs as fp32 would. Planes of low parts hold zeros and either sign.
+template <class Config>
+__device__ __forceinline__ void MultiplySpecial(const HopperArguments& arguments, uint32_t ring,
+                                                const Barriers<Config>& barriers, int stages,
+                                                int group, int row0, int column0,
+                                                Accumulator<Config>& sum,
+                                                RingPosition<Config>& at) {
+  Accumulator<Config> high;
+  Multiply<Config, __half, Major::kK>(ring, barriers, stages, group, high, at, [] {});
+  const int rows = static_cast<int>(arguments.program.rows);
+  const int columns = static_cast<int>(arguments.program.columns);
+  const int row = row0 + threadIdx.x % 32 / 4;
+  const int column = column0 + threadIdx.x % 4 * 8;
+  const bool special_row[] = {__ldg(arguments.special_a + min(row, rows - 1)) != 0,
+                              __ldg(arguments.special_a + min(row + 8, rows - 1)) != 0};
+#pragma unroll
+  for (int i = 0; i < Config::kN / 4; ++i) {
+    const int n = min(column + i / 8 * 32 + i % 8, columns - 1);
+    const bool special_column = __ldg(arguments.special_b + n) != 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int v = AccumulatorIndex(i / 8, h, i % 8);
+      if (special_row[h] || special_column) sum[v] = high[v];
+    }
   }
 }
 
@@ -329,7 +448,7 @@ __device__ __forceinline__ float RootB(const HopperArguments& arguments, uint32_
 template <class Config>
 using ChainOf = Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32>;
 
-// Brings accumulators of scaled planes back.
+// Brings accumulators of scaled planes back, of a chain: the number of columns is a multiple of 8.
 template <class Config>
 __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
                                             Accumulator<Config>& accumulator, int row0,
@@ -338,12 +457,17 @@ __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
   const int column = column0 + threadIdx.x % 4 * 8;  // planes are always interleaved
   const float root_a[] = {RootA(arguments, row), RootA(arguments, row + 8)};
 #pragma unroll
-  for (int i = 0; i < Config::kN / 4; ++i) {
-    const float root_b = RootB(arguments, column + i / 8 * 32 + i % 8);
+  for (int block = 0; block < Config::kN / 32; ++block) {
+    uint32_t root_b[8] = {};
+    const int n = column + block * 32;
+    if (n < static_cast<int>(arguments.program.columns)) LoadWords(arguments.root_b + n, root_b);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float& value = accumulator[ChainOf<Config>::Index(i / 8, h, i % 8)];
-      value = Unscaled(value, root_a[h], root_b);
+    for (int w = 0; w < 8; ++w) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& value = accumulator[AccumulatorIndex(block, h, w)];
+        value = Unscaled(value, root_a[h], __uint_as_float(root_b[w]));
+      }
     }
   }
 }
@@ -390,10 +514,14 @@ __device__ __forceinline__ void Interpret(const HopperArguments& arguments,
 
 // Asks for what this warp will read of the operands.
 template <class Config>
-__device__ __forceinline__ void PrefetchOperands(const DeviceProgram& program, int row0,
+__device__ __forceinline__ void PrefetchOperands(const HopperArguments& arguments, int row0,
                                                  int column0) {
+  const DeviceProgram& program = arguments.program;
   const int lane = threadIdx.x % 32;
   const int columns = min(Config::kN, static_cast<int>(program.columns) - column0);
+  if (arguments.root_b != nullptr && lane * 32 < columns) {
+    prefetch_line(arguments.root_b + column0 + lane * 32);
+  }
   for (uint32_t rest = program.row_operands; rest != 0; rest &= rest - 1) {
     const DeviceOperand& operand = program.operand[__ffs(rest) - 1];
     const int size = DtypeSize(operand.dtype);
@@ -421,6 +549,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
   ChainOf<Config> chain(arguments.program);
   const bool adjacent = Interleaved(arguments);
   RingPosition<Config> at;
+  bool special = false;
   int round = 0;
   TileOrigin next = FindTile<Config>(arguments, round);
   while (next.row >= 0) {
@@ -428,11 +557,21 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
     const int row0 = origin.row + warp_row;
     ++round;
     const auto meanwhile = [&] {
-      PrefetchOperands<Config>(arguments.program, row0, origin.column);
+      PrefetchOperands<Config>(arguments, row0, origin.column);
       next = FindTile<Config>(arguments, round);
+      if constexpr (Config::kPlanes == 2) special = HasSpecial<Config>(arguments, origin);
     };
     Accumulator<Config> accumulator;
-    if (origin.row + group * 64 < rows) {
+    if (origin.row + group * 64 >= rows) {
+      meanwhile();
+      SkipStages<Config>(barriers, special ? 2 * work.stages : work.stages, at);
+    } else if constexpr (Config::kPlanes == 2) {
+      MultiplyPlanes<Config>(ring, barriers, work.stages, group, accumulator, at, meanwhile);
+      if (special) {
+        MultiplySpecial<Config>(arguments, ring, barriers, work.stages, group, row0, origin.column,
+                                accumulator, at);
+      }
+    } else {
 #define FXFUSE_MULTIPLY(Input, major)                                                        \
   Multiply<Config, Input, Major::major>(ring, barriers, work.stages, group, accumulator, at, \
                                         meanwhile)
@@ -442,9 +581,6 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
         arguments.half ? FXFUSE_MULTIPLY(__half, kK) : FXFUSE_MULTIPLY(__nv_bfloat16, kK);
       }
 #undef FXFUSE_MULTIPLY
-    } else {
-      SkipStages<Config>(barriers, work.stages, at);
-      next = FindTile<Config>(arguments, round);
     }
 
     const bool inside = row0 < rows;
@@ -488,8 +624,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
   if (threadIdx.x < 128) {
     give_registers<40>();
-    if (threadIdx.x == 0) Produce(arguments, ring, barriers, work, false);
-    if (threadIdx.x == 32) Produce(arguments, ring, barriers, work, true);
+    const int warp = threadIdx.x / 32;
+    const bool needed = Config::kPlanes == 2 || threadIdx.x % 32 == 0;
+    if (warp == 0 && needed) Produce(arguments, ring, barriers, work, false);
+    if (warp == 1 && needed) Produce(arguments, ring, barriers, work, true);
   } else {
     take_registers<232>();
     Consume(arguments, ring, barriers, work);
@@ -504,6 +642,7 @@ HopperKernel DescribeHopper(const char* name) {
   return {name,
           reinterpret_cast<const void*>(&HopperGemm<Config>),
           Config::Math::kLevel,
+          Config::kPlanes,
           Config::kM,
           Config::kN,
           Config::kChainDtype,

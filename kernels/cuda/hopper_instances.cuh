@@ -17,9 +17,9 @@ struct HopperNames {
 template <class Math, int kChainDtype>
 HopperKernels InstantiateHopper(const HopperNames& names) {
   static const HopperKernel kernels[] = {
-      DescribeHopper<HopperConfig<Math, kChainDtype, 256, 4>>(names.tile[0]),
-      DescribeHopper<HopperConfig<Math, kChainDtype, 128, 7>>(names.tile[1]),
-      DescribeHopper<HopperConfig<Math, kChainDtype, 64, 9>>(names.tile[2]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 1, 256, 4>>(names.tile[0]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 1, 128, 7>>(names.tile[1]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 1, 64, 9>>(names.tile[2]),
   };
   return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
 }

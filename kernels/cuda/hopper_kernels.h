@@ -28,9 +28,13 @@ struct HopperArguments {
   int32_t stages;  // of 64 along K, over all of the split
   int32_t split;   // blocks that divide K among them, a cluster: 1, 2, 4 or 8
   int32_t tiles_m, tiles_n;
+  int32_t plane_rows_a, plane_rows_b;  // from one plane to the next
   // Null, or what undoes the scaling of A's and B's rows: acc * (root_a[m] * root_b[n])^2.
   const float* root_a;
   const float* root_b;
+  // Of two planes: 1 for a row that holds an infinity or a NaN.
+  const int32_t* special_a;
+  const int32_t* special_b;
   DeviceProgram program;
 };
 static_assert(sizeof(HopperArguments) <= 4096, "the limit of kernel parameters");
@@ -39,6 +43,7 @@ struct HopperKernel {
   const char* name;
   const void* function;
   MathLevel math;
+  int16_t planes;  // of each matrix that it multiplies: 1 or 2
   int16_t tile_m, tile_n;
   int8_t chain_dtype;  // serves chains of it alone (see ChainDtype), faster; or kNoChain: anything
   int32_t shared_bytes;
@@ -56,6 +61,8 @@ HopperKernels HopperHalfChain();
 HopperKernels HopperHalf();
 HopperKernels HopperHighChain();
 HopperKernels HopperExact();
+HopperKernels HopperPlanesChain();
+HopperKernels HopperPlanes();
 
 }  // namespace fxfuse
 

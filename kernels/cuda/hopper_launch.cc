@@ -68,26 +68,36 @@ int EdgeRows(int64_t rows) {
   return static_cast<int>(std::min<int64_t>(32, CeilDivide(rows, 8) * 8));
 }
 
-Tensor DescribeA(const fxfuse_problem& problem, int box) {
-  return {2, {problem.k, problem.m}, {RowStride(problem.m, problem.k, problem.lda)}, {64, box}};
+// Rows from one of the planes to the next; of a matrix that is no planes, its own.
+int64_t PlaneRows(const fxfuse_problem& problem, int64_t rows) {
+  constexpr int64_t kUnit = FXFUSE_PLANE_ROWS;
+  return problem.planes > 0 ? CeilDivide(rows, kUnit) * kUnit : rows;
 }
 
-// Planes are allocated up to a multiple of 32 rows.
+// Rows of all planes together.
+int64_t AllRows(const fxfuse_problem& problem, int64_t rows) {
+  return PlaneRows(problem, rows) * std::max(problem.planes, 1);
+}
+
+static_assert(FXFUSE_PLANE_ROWS % 32 == 0, "planes of B are read interleaved");
+
+Tensor DescribeA(const fxfuse_problem& problem, int box) {
+  const int64_t rows = AllRows(problem, problem.m);
+  return {2, {problem.k, rows}, {RowStride(rows, problem.k, problem.lda)}, {64, box}};
+}
+
 LayoutB ChooseLayoutB(const fxfuse_problem& problem) {
   if (problem.b_transposed) return LayoutB::kColumns;
-  return problem.n % 32 == 0 || problem.scaled ? LayoutB::kInterleaved : LayoutB::kRows;
+  return PlaneRows(problem, problem.n) % 32 == 0 ? LayoutB::kInterleaved : LayoutB::kRows;
 }
 
 // Row 32 u + 8 q + 2 j + e of B becomes row 32 u + 8 j + 2 q + e of a tile: as a tensor, B's rows
 // have the dimensions e, q, j, u.
 Tensor DescribeB(const fxfuse_problem& problem, LayoutB layout, int box) {
-  const int64_t n = problem.n, k = problem.k;
+  const int64_t n = AllRows(problem, problem.n), k = problem.k;
   const int64_t row = RowStride(n, k, problem.ldb);
   if (layout == LayoutB::kInterleaved) {
-    return {5,
-            {k, 2, 4, 4, CeilDivide(n, 32)},
-            {row, 8 * row, 2 * row, 32 * row},
-            {64, 2, 4, 4, box / 32}};
+    return {5, {k, 2, 4, 4, n / 32}, {row, 8 * row, 2 * row, 32 * row}, {64, 2, 4, 4, box / 32}};
   }
   if (layout == LayoutB::kRows) return {2, {k, n}, {row}, {64, box}};
   return {2, {n, k}, {RowStride(k, n, problem.ldb)}, {64, 64}};
@@ -115,6 +125,7 @@ fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, i
 // What a tile of 128 rows costs, in nanoseconds, where `split` blocks divide K: for each stage of
 // 64 along K, and once for all else.
 struct TileCost {
+  int16_t planes;
   int16_t tile_n;
   int16_t split;
   double stage;
@@ -128,7 +139,9 @@ constexpr TileCost kTileCosts[] = {
 double Cost(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
             const DeviceLimits& device) {
   const TileCost* cost = kTileCosts;
-  while (cost->tile_n != kernel.tile_n || cost->split != split) ++cost;
+  while (cost->planes != kernel.planes || cost->tile_n != kernel.tile_n || cost->split != split) {
+    ++cost;
+  }
   const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), split);
   const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
   const int64_t turns = CeilDivide(tiles, device.hopper_clusters[split]);
@@ -180,8 +193,8 @@ cudaLaunchConfig_t Configure(const HopperKernel& kernel, int64_t blocks, int spl
 
 HopperKernels AllHopperKernels() {
   static const KernelTable<HopperKernel, kMaxHopperKernels> table = {
-      HopperFastChain(), HopperFast(),      HopperHalfChain(),
-      HopperHalf(),      HopperHighChain(), HopperExact()};
+      HopperFastChain(), HopperFast(),  HopperHalfChain(),   HopperHalf(),
+      HopperHighChain(), HopperExact(), HopperPlanesChain(), HopperPlanes()};
   return table.List();
 }
 
@@ -192,7 +205,9 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
   const auto best = [&](int chain_dtype) {
     return BestKernel(
         AllHopperKernels(), RequiredMath(problem),
-        [&](const HopperKernel& k) { return k.chain_dtype == chain_dtype; },
+        [&](const HopperKernel& k) {
+          return k.chain_dtype == chain_dtype && k.planes == std::max(problem.planes, 1);
+        },
         [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
   };
   const HopperKernel* kernel = best(ChainDtype(problem, pointers));
@@ -256,8 +271,16 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
   arguments.split = choice.split;
   arguments.tiles_m = static_cast<int32_t>(tiles_m);
   arguments.tiles_n = static_cast<int32_t>(tiles_n);
-  arguments.root_a = problem.scaled ? static_cast<float*>(pointers[FXFUSE_PTR_ROOT_A]) : nullptr;
-  arguments.root_b = problem.scaled ? static_cast<float*>(pointers[FXFUSE_PTR_ROOT_B]) : nullptr;
+  arguments.plane_rows_a = static_cast<int32_t>(PlaneRows(problem, problem.m));
+  arguments.plane_rows_b = static_cast<int32_t>(PlaneRows(problem, problem.n));
+  if (problem.planes > 0) {
+    arguments.root_a = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_A]);
+    arguments.root_b = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_B]);
+  }
+  if (problem.planes > 1) {
+    arguments.special_a = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_A]);
+    arguments.special_b = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_B]);
+  }
   TranslateProgram(problem, pointers, &arguments.program);
   // A divided tile is a cluster's only one: the ring serves the reduction in the end.
   const int64_t clusters =

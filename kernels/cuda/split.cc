@@ -62,7 +62,7 @@ fxfuse_status CheckMatrix(const char* call, const fxfuse_split& matrix, int i) {
     status = CheckAddress(call, i, "plane", matrix.plane, 16);
   }
   if (status == FXFUSE_OK && matrix.rows > 0) {
-    status = CheckAddress(call, i, "root", matrix.root, alignof(float));
+    status = CheckAddress(call, i, "root", matrix.root, 16);
   }
   return status;
 }
@@ -78,6 +78,8 @@ SplitMatrix Describe(const fxfuse_split& matrix) {
   described.k = static_cast<int32_t>(matrix.k);
   described.plane_stride = static_cast<int32_t>(matrix.plane_stride);
   described.planes = matrix.planes;
+  described.plane_size =
+      CeilDivide(matrix.rows, FXFUSE_PLANE_ROWS) * FXFUSE_PLANE_ROWS * matrix.plane_stride;
   return described;
 }
 

@@ -10,7 +10,7 @@
 
 namespace fxfuse {
 
-// One matrix as kernels take it. Row r of plane p starts at plane + (p * rows + r) * plane_stride.
+// One matrix as kernels take it.
 struct SplitMatrix {
   const float* source;
   uint16_t* plane;
@@ -21,6 +21,7 @@ struct SplitMatrix {
   int32_t k;
   int32_t plane_stride;
   int32_t planes;
+  int64_t plane_size;  // of one plane, in elements
   int32_t log2_lanes;  // SplitRows: threads that share a row
   int32_t blocks;      // SplitRows: blocks that take this matrix
 };

@@ -149,7 +149,7 @@ class RowPiece {
   __device__ __forceinline__ void Store(const SplitMatrix& matrix, int64_t row, int first, int step,
                                         float factor) const {
     uint16_t* const hi = matrix.plane + row * matrix.plane_stride;
-    uint16_t* const lo = hi + static_cast<int64_t>(matrix.rows) * matrix.plane_stride;
+    uint16_t* const lo = hi + matrix.plane_size;
     const bool two = matrix.planes == 2;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -372,8 +372,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     for (int r = static_cast<int>(threadIdx.x) / kUnits; r < kTile; r += kColumnThreads / kUnits) {
       const int64_t row = first_row + r;
       if (row >= matrix.rows) break;
-      uint16_t* const to =
-          matrix.plane + (plane * static_cast<int64_t>(matrix.rows) + row) * matrix.plane_stride;
+      uint16_t* const to = matrix.plane + plane * matrix.plane_size + row * matrix.plane_stride;
       *reinterpret_cast<uint4*>(to + column) = tile[plane][r][unit ^ r / 4 % kUnits];
     }
   }

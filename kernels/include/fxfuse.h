@@ -26,13 +26,14 @@ extern "C" {
 #endif
 
 // Raised whenever a struct below or the meaning of a field changes.
-#define FXFUSE_ABI_VERSION 2
+#define FXFUSE_ABI_VERSION 3
 
 #define FXFUSE_MAX_INSTRUCTIONS 32
 #define FXFUSE_MAX_OPERANDS 8
 #define FXFUSE_MAX_OUTPUTS 4
 #define FXFUSE_MAX_SLOTS 4
 #define FXFUSE_MAX_SPLITS 2
+#define FXFUSE_PLANE_ROWS 32  // rows of a plane are allocated in multiples of it
 
 typedef enum {
   FXFUSE_OK = 0,
@@ -115,10 +116,11 @@ typedef enum {
 
 // One call. With has_gemm: A [M, K] and B [N, K], both with adjacent K (row strides lda, ldb in
 // elements), of input_dtype, and bias [N] or none; products of F32 inputs are taken in TF32. With
-// b_transposed B is [K, N] with adjacent N, and ldb the stride of a row of that. With scaled A and
-// B are F16 planes as fxfuse_cuda_split leaves them, and element (m, n) of their product is
-// multiplied by (root_a[m] * root_b[n])^2 before the bias is added; rows of B up to the next
-// multiple of 32 must be readable, whatever they hold.
+// b_transposed B is [K, N] with adjacent N, and ldb the stride of a row of that. With planes A and
+// B are that many F16 planes each, as fxfuse_cuda_split leaves them, and element (m, n) of their
+// product is multiplied by (root_a[m] * root_b[n])^2 before the bias is added. Of one plane the
+// product is hi * hi^T. Of two it is hi * hi^T + hi * lo^T + lo * hi^T, added up in fp32 at least
+// every 64 of K, but hi * hi^T alone where row m of A or row n of B is special.
 // Without has_gemm: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B
 // unused.
 typedef struct {
@@ -129,16 +131,16 @@ typedef struct {
   int32_t has_bias;
   int32_t bias_dtype;
   int32_t b_transposed;
-  int32_t scaled;
-  int32_t route;  // fxfuse_route
+  int32_t planes;  // 0: A and B are not planes
+  int32_t route;   // fxfuse_route
   // For measurements of the Hopper route: 16 * the columns of a tile + the blocks that divide K; 0
   // has the library choose.
   int32_t tile;
   fxfuse_program program;
 } fxfuse_problem;
 
-// Addresses of one call, in this order: A, B, bias, operands, outputs, roots. Unused entries are
-// null.
+// Addresses of one call, in this order: A, B, bias, operands, outputs, and what fxfuse_cuda_split
+// left beside the planes. Unused entries are null.
 // An output may be the accumulator matrix itself (same dtype and stride), nothing else overlaps.
 #define FXFUSE_PTR_A 0
 #define FXFUSE_PTR_B 1
@@ -147,7 +149,9 @@ typedef struct {
 #define FXFUSE_PTR_OUTPUT (FXFUSE_PTR_OPERAND + FXFUSE_MAX_OPERANDS)
 #define FXFUSE_PTR_ROOT_A (FXFUSE_PTR_OUTPUT + FXFUSE_MAX_OUTPUTS)
 #define FXFUSE_PTR_ROOT_B (FXFUSE_PTR_ROOT_A + 1)
-#define FXFUSE_PTR_COUNT (FXFUSE_PTR_ROOT_B + 1)
+#define FXFUSE_PTR_SPECIAL_A (FXFUSE_PTR_ROOT_B + 1)
+#define FXFUSE_PTR_SPECIAL_B (FXFUSE_PTR_SPECIAL_A + 1)
+#define FXFUSE_PTR_COUNT (FXFUSE_PTR_SPECIAL_B + 1)
 
 // The ABI version the library was built with.
 FXFUSE_API int fxfuse_abi_version(void);
@@ -206,8 +210,10 @@ typedef struct {
   int32_t planes;        // 1: hi alone; 2: hi and lo
   int32_t reserved;
   const float* source;
-  void* plane;       // fp16 [planes, rows, plane_stride], at a multiple of 16 bytes
-  float* root;       // [rows]
+  // fp16 [planes, R, plane_stride], at a multiple of 16 bytes, with R = rows rounded up to a
+  // multiple of FXFUSE_PLANE_ROWS; rows from `rows` on are left as they are, but may be read.
+  void* plane;
+  float* root;       // [rows], at a multiple of 16 bytes
   int32_t* special;  // [rows], or null
 } fxfuse_split;
 
