@@ -100,12 +100,12 @@ def planes_cases() -> Iterator[tuple[str, bool]]:
     """fp32 products on one and two planes of fp16, and of two with special rows."""
     program = "t1 = silu acc; store t1"
     sizes = ((130, 264, 520), (9, 50, 77))
-    for planes, tile, split, (m, n, k) in itertools.product((1, 2), TILES, SPLITS, sizes):
+    for planes, tile, division, (m, n, k) in itertools.product((1, 2), TILES, SPLITS, sizes):
         x, weight, bias = (randn(*s, dtype=torch.float32) for s in ((m, k), (n, k), (n,)))
         for special in (False, True)[:planes]:
             if special:
                 x[5, 7] = torch.inf
-            found = run_tile(x, weight, bias, [], program, tile, split, planes=planes)
+            found = run_tile(x, weight, bias, [], program, tile, division, planes=planes)
             if found is None:
                 continue
             truth = F.silu(F.linear(x.double(), weight.double(), bias.double()))
@@ -113,7 +113,7 @@ def planes_cases() -> Iterator[tuple[str, bool]]:
             finite = truth.isfinite()
             factor = 1.0 if planes == 1 else 1e-3
             right &= close(found[0][finite], truth[finite], torch.float32, factor)
-            yield f"{planes} planes {tile}/{split} {m}x{n}x{k} special {special}", right
+            yield f"{planes} planes {tile}/{division} {m}x{n}x{k} special {special}", right
 
 
 def pointwise_cases() -> Iterator[tuple[str, bool]]:

@@ -115,7 +115,7 @@ def test_infinities_and_nans_are_where_eager_has_them(tile, division):
     assert error(found[finite], truth) <= error(eager[finite], truth)
 
 
-@pytest.mark.parametrize("value", [3e38, 1e-38, 1e-45, 0.0])
+@pytest.mark.parametrize("value", [3e38, 1e38, 1e-38, 1e-45, 0.0])
 def test_extremal_values(value):
     x, weight = randn(128, 256), randn(256, 256) / 16
     x[::2] = value
@@ -125,7 +125,8 @@ def test_extremal_values(value):
     eager = F.linear(x, weight)
     with forced_route("hopper"):
         found = fused_linear(x, weight, None, [], "store acc")
-    assert torch.equal(found.isinf(), eager.isinf())
+    # Eager may pass through an infinity on the way to a finite sum.
+    assert torch.equal(found.isfinite(), truth.abs() < torch.finfo(torch.float32).max)
     finite = eager.isfinite() & (truth.abs() > 1e-37)
     assert error(found[finite], truth[finite]) <= error(eager[finite], truth[finite]) + 6e-8
     near = truth.abs() <= 1e-37

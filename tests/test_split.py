@@ -364,7 +364,7 @@ class TestKernel:
 
     @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
     def test_without_special(self, layout, planes):
-        matrix = laid_out(layout, mixed(20, 40))
+        matrix = laid_out(layout, mixed(32, 40))
         (expected,) = split(matrix, planes=planes)
         found = Planes(
             torch.empty_like(expected.plane),
@@ -381,7 +381,7 @@ class TestKernel:
     @pytest.mark.parametrize("stride", [304, 40000])
     def test_planes_wider_than_needed(self, stride, layout, planes):
         for k in (40, 300):
-            values = mixed(20, k)
+            values = mixed(32, k)
             narrow = split_reference(values, planes)
             plane = torch.nn.functional.pad(narrow.plane[:, :, :k], (0, stride - k))
             expected = Planes(plane, narrow.root, narrow.special, k)
