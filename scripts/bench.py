@@ -41,8 +41,14 @@ MODELS = (
 FULL_SIZE = (1024, 8192, 8192)
 RELU = "t1 = relu acc; store t1"
 ERROR_ROWS = 128
-# float32 under matmul precision "high"; fxfuse with weights converted at each call, or once.
-HIGH = ("high", "high-frozen")
+# float32: torch's matmul precision, and whether fxfuse converts weights once instead of at each
+# call, on routes that convert.
+FLOAT32 = {
+    "float32": ("highest", False),
+    "float32-frozen": ("highest", True),
+    "high": ("high", False),
+    "high-frozen": ("high", True),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Case:
 
     model: str
     shape: tuple[int, int, int]
-    dtype: str  # a key of DTYPES, or one of HIGH
+    dtype: str  # a key of DTYPES or FLOAT32
 
 
 @dataclass
@@ -87,15 +93,16 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one case, print its table and return its JSON entry."""
     batch, in_features, out_features = case.shape
     module = load_file(ROOT / "examples" / f"{case.model}.py")
-    dtype = torch.float32 if case.dtype in HIGH else DTYPES[case.dtype]
+    precision, freeze = FLOAT32.get(case.dtype, ("highest", False))
+    dtype = torch.float32 if case.dtype in FLOAT32 else DTYPES[case.dtype]
     torch.manual_seed(0)
     init_inputs = module.get_init_inputs(in_features, out_features)
     with torch.device(arguments.device):  # 8192 x 8192 initial values take a CPU a while
         model = module.Model(*init_inputs).to(dtype).eval()
         inputs = tuple(x.to(dtype) for x in module.get_inputs(batch, in_features))
-    optimized = fxfuse.optimize(model, freeze=case.dtype == "high-frozen")
+    optimized = fxfuse.optimize(model, freeze=freeze)
     rows = min(batch, ERROR_ROWS)
-    with matmul_precision("high") if case.dtype in HIGH else contextlib.nullcontext():
+    with matmul_precision(precision):
         measured = compare(
             model,
             optimized,
@@ -306,9 +313,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=("cpu", "gpu"), help="a preset list of measurements")
     parser.add_argument("--models", type=listed, help=f"any of {', '.join(MODELS)}")
-    parser.add_argument(
-        "--dtypes", type=listed, help="float32, bfloat16, float16, high, high-frozen"
-    )
+    parser.add_argument("--dtypes", type=listed, help=f"bfloat16, float16, {', '.join(FLOAT32)}")
     parser.add_argument("--shape", type=shape, default=FULL_SIZE, metavar="M,K,N")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--contestants", type=listed, help=f"any of {', '.join(CONTESTANTS)}")
@@ -319,12 +324,12 @@ def _parse() -> argparse.Namespace:
         arguments.device = "cuda" if arguments.suite == "gpu" else "cpu"
     elif arguments.device is None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = ["bfloat16", "float16", "float32", *HIGH]
+    on_gpu = ["bfloat16", "float16", *FLOAT32]
     arguments.dtypes = arguments.dtypes or (on_gpu if arguments.suite == "gpu" else ["float32"])
     arguments.models = arguments.models or list(MODELS)
     for given, known in (
         (arguments.models, MODELS),
-        (arguments.dtypes, (*HIGH, *DTYPES)),
+        (arguments.dtypes, (*FLOAT32, *DTYPES)),
         (arguments.contestants or [], CONTESTANTS),
     ):
         for name in given:
