@@ -40,6 +40,7 @@ RAGGED = ((1000, 1000, 1000), (333, 4104, 2056), (77, 5000, 3000), (2049, 1032, 
 ROUTES = ("cublas", "portable", "hopper")
 PROGRAMS = {
     "gelu": "t1 = gelu acc; store t1",
+    "silu": "t1 = silu acc; store t1",
     "add -> relu": "t1 = add acc, $0; t2 = relu t1; store t2",
 }
 
@@ -111,16 +112,25 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, object]:
     return line
 
 
-def summary(lines: Sequence[dict[str, Any]]) -> str:
-    """How bare cuBLAS compares with the fused call, as the library serves it."""
-    ratios = [line["gemm_ms"] / line["gelu: auto_ms"] for line in lines]
-    worst = min(range(len(lines)), key=ratios.__getitem__)
-    shape = "m={m} k={k} n={n}".format(**lines[worst])
+def compared(lines: Sequence[dict[str, Any]], peer: str, ours: str) -> str:
+    """The column `peer` over the column `ours`, over all lines that have both."""
+    both = [line for line in lines if peer in line and ours in line]
+    ratios = [line[peer] / line[ours] for line in both]
+    worst = min(range(len(both)), key=ratios.__getitem__)
+    shape = "m={m} k={k} n={n}".format(**both[worst])
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return (
-        f"bare cuBLAS GEMM over fused bias -> gelu at {len(lines)} shapes: geometric mean "
-        f"{mean:.3f}, worst {ratios[worst]:.3f} ({shape})"
-    )
+    return f"{len(both)} shapes: geometric mean {mean:.3f}, worst {ratios[worst]:.3f} ({shape})"
+
+
+def write_table(path: Path, **parts: Any) -> None:
+    """Write `parts` as JSON, with where they were measured."""
+    properties = torch.cuda.get_device_properties(0)
+    table = {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "torch": torch.__version__,
+    }
+    path.write_text(json.dumps(table | parts, indent=1) + "\n")
 
 
 def main() -> None:
@@ -134,15 +144,12 @@ def main() -> None:
             lines.append(line := measure(m, n, k, torch.bfloat16))
             cells = (f"{v:8.4f}" if isinstance(v, float) else f"{v:5}" for v in line.values())
             print(" ".join(cells), flush=True)
-    print(summary(lines))
+    print("bare cuBLAS GEMM over fused bias -> gelu,", compared(lines, "gemm_ms", "gelu: auto_ms"))
+    for program in PROGRAMS:
+        names = f"{program}: cublas_ms", f"{program}: auto_ms"
+        print(f"cuBLAS and a pointwise kernel over fused {program},", compared(lines, *names))
     if arguments.json:
-        table = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "dtype": "bfloat16",
-            "lines": lines,
-        }
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+        write_table(arguments.json, dtype="bfloat16", lines=lines)
 
 
 if __name__ == "__main__":

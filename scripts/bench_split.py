@@ -10,13 +10,12 @@ the share is of what torch's elementwise kernel moves that negates 1 GB.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from bench_routes import device_ms
+from bench_routes import device_ms, write_table
 
 from fxfuse import library
 from fxfuse.errors import LibraryError
@@ -104,13 +103,7 @@ def main() -> None:
             share = rate / attainable
             print(f"{name:26} {planes} {ms:8.4f} ms {rate / 1e9:6.0f} GB/s {share:5.0%}")
     if arguments.json:
-        table = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "elementwise GB/s": attainable / 1e9,
-            "lines": lines,
-        }
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+        write_table(arguments.json, **{"elementwise GB/s": attainable / 1e9}, lines=lines)
 
 
 if __name__ == "__main__":

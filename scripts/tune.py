@@ -4,10 +4,11 @@
     python scripts/tune.py --fit benchmarks/h200_tiles.json         anywhere
 
 Measuring times every tile and every division of K over a grid of shapes: device time of a Linear
-with bias and GELU in bf16, from CUDA-graph replays rotated over operands larger than the L2
-together. Fitting finds, for each tile and division, the cost of a stage of K and of a tile's
-remainder that explain the times best, writes them to kernels/cuda/hopper_costs.inc, and says how
-much slower than the best measured choice the table's choices are.
+with bias and GELU in bf16, and of the product of fp32 matrices already split into two planes each,
+from CUDA-graph replays rotated over operands larger than the L2 together. Fitting finds, for each
+tile and division, the cost of a stage of K and of a tile's remainder that explain the times best,
+writes them to kernels/cuda/hopper_costs.inc, and says how much slower than the best measured choice
+the table's choices are.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_routes import device_ms, operand_sets
+from bench_routes import device_ms, operand_sets, write_table
 
 from fxfuse import library
 from fxfuse.library import Gemm, Pointers
 from fxfuse.program import parse
+from fxfuse.split import Planes, plane_stride, split
 
-TILES = (256, 128, 64)
+TILES = {1: (256, 128, 64), 2: (128, 64)}  # by planes of a matrix
 SPLITS = (1, 2, 4, 8)
 ROWS = (1, 16, 64, 128, 200, 256, 512, 1024, 2048, 4096)
 WEIGHTS = (
@@ -47,34 +49,53 @@ MARGIN = 1.05
 COSTS = Path(__file__).parent.parent / "kernels" / "cuda" / "hopper_costs.inc"
 
 
-def measure(m: int, n: int, k: int) -> Iterator[dict[str, Any]]:
+def measure(m: int, n: int, k: int, planes: int) -> Iterator[dict[str, Any]]:
     """One line for each tile and division that serves the shape."""
     lib = library.find("fxfuse_cuda")
     if isinstance(lib, library.LibraryError):
         raise lib
-    dtype = torch.bfloat16
+    dtype = torch.bfloat16 if planes == 1 else torch.float32
     xs, weights = operand_sets(m, n, k, dtype)
     bias = torch.randn(n, device="cuda").to(dtype)
     out = torch.empty(m, n, device="cuda", dtype=dtype)
     program = parse("t1 = gelu acc; store t1")
-    for tile in TILES:
-        for split in SPLITS:
-            problem = lib.problem(program, m, n, dtype, 0, [], [dtype], Gemm(k, k, k, dtype))
-            problem.route, problem.tile = library.ROUTES["hopper"], 16 * tile + split
+    if planes == 1:
+        inputs, gemm = dtype, Gemm(k, k, k, dtype)
+        pairs = [[(0, x.data_ptr()), (1, w.data_ptr())] for x, w in zip(xs, weights, strict=True)]
+    else:
+        stride = plane_stride(k)
+        inputs, gemm = torch.float16, Gemm(k, stride, stride, dtype, planes=planes)
+        made = [split(x, w, planes=planes) for x, w in zip(xs, weights, strict=True)]
+        pairs = [[address for i in (0, 1) for address in addresses(i, p[i])] for p in made]
+    for tile in TILES[planes]:
+        for division in SPLITS:
+            problem = lib.problem(program, m, n, inputs, 0, [], [dtype], gemm)
+            problem.route, problem.tile = library.ROUTES["hopper"], 16 * tile + division
             described = ctypes.byref(problem)
             if lib.handle.fxfuse_cuda_choose(described, None, None):
                 continue
 
             def call(i: int, described: Any = described) -> None:
                 pointers = Pointers()
-                pointers[0], pointers[1] = xs[i].data_ptr(), weights[i].data_ptr()
+                for place, address in pairs[i]:
+                    pointers[place] = address
                 pointers[2], pointers[library.POINTER_OUTPUT] = bias.data_ptr(), out.data_ptr()
                 stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
                 status = lib.handle.fxfuse_cuda_run(described, pointers, stream)
                 lib.check(status, "fxfuse_cuda_run")
 
             ms = device_ms([lambda i=i: call(i) for i in range(len(xs))])
-            yield {"m": m, "n": n, "k": k, "tile": tile, "split": split, "ms": ms}
+            shape = {"m": m, "n": n, "k": k, "planes": planes}
+            yield shape | {"tile": tile, "split": division, "ms": ms}
+
+
+def addresses(i: int, planes: Planes) -> list[tuple[int, int]]:
+    """Where the addresses of factor `i` go among a call's, and what they are."""
+    return [
+        (i, planes.plane.data_ptr()),
+        (library.POINTER_ROOTS + i, planes.root.data_ptr()),
+        (library.POINTER_SPECIAL + i, planes.special.data_ptr()),
+    ]
 
 
 def features(line: dict[str, Any], processors: int) -> tuple[int, int]:
@@ -83,6 +104,11 @@ def features(line: dict[str, Any], processors: int) -> tuple[int, int]:
     turns = math.ceil(tiles / (processors // line["split"]))
     stages = math.ceil(math.ceil(line["k"] / 64) / line["split"])
     return turns * stages, turns
+
+
+def key(line: dict[str, Any]) -> tuple[int, int, int]:
+    """What has a row in the table."""
+    return line["planes"], line["tile"], line["split"]
 
 
 def fit(lines: list[dict[str, Any]], processors: int) -> tuple[float, float]:
@@ -96,7 +122,9 @@ def fit(lines: list[dict[str, Any]], processors: int) -> tuple[float, float]:
 
 
 def report(
-    lines: list[dict[str, Any]], costs: dict[tuple[int, int], tuple[float, float]], processors: int
+    lines: list[dict[str, Any]],
+    costs: dict[tuple[int, ...], tuple[float, float]],
+    processors: int,
 ) -> str:
     """How the table's choices compare with the best of the measured ones."""
     ratios = []
@@ -104,7 +132,7 @@ def report(
         here = [line for line in lines if (line["m"], line["n"], line["k"]) == shape]
 
         def cost(line: dict[str, Any]) -> float:
-            prices = costs[line["tile"], line["split"]]
+            prices = costs[key(line)]
             parts = zip(features(line, processors), prices, strict=True)
             return sum(count * price for count, price in parts)
 
@@ -125,32 +153,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         torch.manual_seed(0)
-        lines = [line for n, k in WEIGHTS for m in ROWS for line in measure(m, n, k)]
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
-        table = {
-            "gpu": torch.cuda.get_device_name(),
-            "multiprocessors": processors,
-            "torch": torch.__version__,
-            "dtype": "bfloat16",
-            "lines": lines,
-        }
-        arguments.measure.write_text(json.dumps(table, indent=1) + "\n")
+        cases = [(m, n, k, planes) for planes in TILES for n, k in WEIGHTS for m in ROWS]
+        lines = [line for case in cases for line in measure(*case)]
+        write_table(arguments.measure, lines=lines)
     source = arguments.fit or arguments.measure
     if source is None:
         parser.error("--measure or --fit")
     table = json.loads(source.read_text())
     lines, processors = table["lines"], table["multiprocessors"]
     costs = {
-        (tile, split): fit(
-            [line for line in lines if (line["tile"], line["split"]) == (tile, split)], processors
-        )
-        for tile in TILES
-        for split in SPLITS
+        place: fit([line for line in lines if key(line) == place], processors)
+        for place in sorted({key(line) for line in lines}, key=lambda p: (p[0], -p[1], p[2]))
     }
-    print(report(lines, costs, processors))
+    for planes in TILES:
+        here = [line for line in lines if line["planes"] == planes]
+        print(f"planes {planes}:", report(here, costs, processors))
     text = "// Written by scripts/tune.py.\n"
-    for (tile, split), (stage, once) in costs.items():
-        text += f"{{{tile}, {split}, {stage:.0f}, {once:.0f}}},\n"
+    for place, (stage, once) in costs.items():
+        text += f"{{{', '.join(map(str, place))}, {stage:.0f}, {once:.0f}}},\n"
     if arguments.fit:
         COSTS.write_text(text)
     print(text, end="")
