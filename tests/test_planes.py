@@ -93,7 +93,7 @@ def test_error_is_at_most_that_of_sgemm(family, k):
     if family == "rows of huge range":
         # A sum of few terms: SGEMM rounds each product once, planes have 22 to 24 bits of a factor.
         worst = componentwise(found, x, weight, truth).amax()
-        assert worst < 2**-21 and row_errors(found, truth).mean() < 2**-23
+        assert worst < 2**-21 and row_errors(found, truth).mean() < 2**-22
         return
     for ours in (found, turned):
         assert row_errors(ours, truth).norm() <= row_errors(eager, truth).norm() + slack
