@@ -31,6 +31,7 @@ _ROUTE_LAUNCHES = {
     "portable": 1,
     "hopper": 1,
     "hopper-high": 2,
+    "skinny": 1,
     "pointwise": 1,
 }
 

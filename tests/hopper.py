@@ -1,4 +1,5 @@
-"""Run one tile of the Hopper route, divided as one likes, whatever the library would choose."""
+"""Run one tile of the Hopper or the skinny route, divided as one likes, whatever the library would
+choose."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from fxfuse.library import POINTER_OPERAND, POINTER_OUTPUT, Gemm, Pointers
 from fxfuse.program import parse
 
 TILES = (256, 128, 64)
+SKINNY_TILES = (256, 128, 64, 32, 16)
 SPLITS = (1, 2, 4, 8)
 
 
@@ -25,6 +27,7 @@ def run_tile(
     tile: int,
     split: int,
     transposed: bool = False,
+    route: str = "hopper",
 ) -> list[torch.Tensor] | None:
     """The outputs, of the inputs' dtype, of `program` over x [M, K] times weight [N, K] (or [K, N]
     where `transposed`), or None where the tile cannot serve the shape so divided."""
@@ -36,7 +39,7 @@ def run_tile(
     outputs = [torch.full((m, n), torch.nan, dtype=dtype, device="cuda") for _ in parsed.outputs]
     gemm = Gemm(k, x.stride(0), weight.stride(0), None if bias is None else dtype, transposed)
     dtypes = [dtype] * len(outputs)
-    problem = lib.problem(parsed, m, n, dtype, 0, layouts, dtypes, gemm, "hopper")
+    problem = lib.problem(parsed, m, n, dtype, 0, layouts, dtypes, gemm, route)
     problem.tile = 16 * tile + split
     if lib.handle.fxfuse_cuda_choose(ctypes.byref(problem), None, None):
         return None

@@ -1,0 +1,34 @@
+// The fp32 route for few rows on the host: which kernel and division serve a problem, and its
+// launch.
+
+#ifndef FXFUSE_CUDA_SKINNY_LAUNCH_H_
+#define FXFUSE_CUDA_SKINNY_LAUNCH_H_
+
+#include "choose.h"
+#include "skinny_kernels.h"
+
+namespace fxfuse {
+
+// A kernel, how many groups of its warps and how many blocks divide K, and the stages of its ring;
+// without a kernel: the route cannot serve the problem.
+struct SkinnyChoice {
+  const SkinnyKernel* kernel = nullptr;
+  int groups = 1;
+  int split = 1;
+  int depth = 2;
+};
+
+// The choice by estimated cost, or as the problem's `tile` asks. `aligned`: rows of A and B start
+// at multiples of 16 bytes.
+SkinnyChoice ChooseSkinny(const fxfuse_problem& problem, bool aligned, const DeviceLimits& device);
+
+// Loads all kernels on the current device and raises their shared-memory limits.
+fxfuse_status PrepareSkinny(const char* call, const DeviceLimits& device);
+
+// Enqueues a problem that ChooseSkinny has found a kernel for, with m and n above 0, on `stream`.
+fxfuse_status LaunchSkinny(const char* call, const fxfuse_problem& problem, void* const* pointers,
+                           const SkinnyChoice& choice, void* stream);
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_SKINNY_LAUNCH_H_
