@@ -41,7 +41,9 @@ def randn(*shape):
 
 
 def error(found, truth):
-    return ((found.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+    """In norm; results are of the order of 1 here, and a lone one may be zero by chance."""
+    size = truth.norm().clamp_min(0.3 * truth.numel() ** 0.5)
+    return ((found.double() - truth).norm() / size).item()
 
 
 # What a call takes, known without a GPU ----------------------------------------------------------
@@ -152,8 +154,8 @@ def test_every_tile_and_division(m):
                 if found is None:
                     continue
                 served += 1
-                assert error(found[0], wide) < 3e-6, (m, n, k, tile, split)
-                assert error(found[1], gelu) < 3e-6, (m, n, k, tile, split)
+                assert error(found[0], wide) < 6e-6, (m, n, k, tile, split)
+                assert error(found[1], gelu) < 6e-6, (m, n, k, tile, split)
                 again = run_tile(*arguments, route="skinny")
                 assert all(map(torch.equal, found, again)), (m, n, k, tile, split)
         assert served >= 4

@@ -70,11 +70,12 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
     choice->skinny = ChooseSkinny(problem, aligned, device.limits);
     if (choice->skinny.kernel != nullptr) return FXFUSE_OK;
     return Fail(FXFUSE_UNSUPPORTED,
-                "%s: route=skinny (%d), m=%lld, k=%lld: it takes fp32 inputs, B [N, K], rows at "
-                "multiples of 16 bytes, m up to %d and k a multiple of 4 up to %lld",
+                "%s: route=skinny (%d), m=%lld, k=%lld, ldb=%lld: it takes fp32 inputs, B [N, K], "
+                "rows at multiples of 16 bytes, m up to %d, k a multiple of 4 up to %lld, ldb up "
+                "to %lld",
                 call, problem.route, static_cast<long long>(problem.m),
-                static_cast<long long>(problem.k), kSkinnyMaxM,
-                static_cast<long long>(kSkinnyMaxK));
+                static_cast<long long>(problem.k), static_cast<long long>(problem.ldb), kSkinnyMaxM,
+                static_cast<long long>(kSkinnyMaxK), static_cast<long long>(kSkinnyMaxStride));
   }
   if (problem.route == FXFUSE_ROUTE_POINTWISE) {
     return Fail(FXFUSE_BAD_ARGUMENT, "%s: route=pointwise (%d), expected has_gemm=0 with it", call,

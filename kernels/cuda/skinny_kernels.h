@@ -20,7 +20,7 @@ constexpr int kSkinnyLanesK = 8;
 constexpr int kSkinnyLanesN = 32 / kSkinnyLanesK;
 constexpr int kSkinnyStep = 4 * kSkinnyLanesK;  // elements of K a warp takes in a stage
 
-constexpr int kSkinnyDepths[] = {6, 4, 2};
+constexpr int kSkinnyDepths[] = {6, 4, 2};  // of the ring, in stages
 
 struct SkinnyArguments {
   const float* a;
@@ -30,7 +30,7 @@ struct SkinnyArguments {
   int32_t split;        // blocks of a cluster that divide K
   int32_t range;        // elements of K of each, whole stages
   int32_t log2_groups;  // groups of warps that divide those
-  int32_t depth;        // stages of the ring, one of kSkinnyDepths
+  int32_t depth;        // one of kSkinnyDepths
   DeviceProgram program;
 };
 static_assert(sizeof(SkinnyArguments) <= 4096, "the limit of kernel parameters");
@@ -49,12 +49,11 @@ struct SkinnyKernel {
     const int64_t stage = int64_t{groups} * kSkinnyStep;
     return static_cast<int32_t>(CeilDivide(CeilDivide(k, split), stage) * stage);
   }
+  // Of one stage of the ring.
   int StageBytes(int groups) const {
     return (kSkinnyThreads * 4 * int{columns} + groups * kSkinnyStep * int{rows}) * 4;
   }
 };
-
-constexpr int kMaxSkinnyKernels = 8;
 
 // The instantiations, in skinny_f32.cu.
 using SkinnyKernels = KernelList<SkinnyKernel>;

@@ -13,7 +13,7 @@ namespace {
 
 // Estimates for an H200, in cycles or bytes a cycle: what one SM takes in, what the memory and the
 // L2 give all of them together, what a tile takes beyond its stages, and what a cluster adds.
-constexpr double kSmRate = 40;
+constexpr double kSmRate = 24;
 constexpr double kMemoryRate = 2500;
 constexpr double kL2Rate = 3000;
 constexpr double kStageLatency = 250;
@@ -89,9 +89,10 @@ SkinnyChoice ChooseSkinny(const fxfuse_problem& problem, bool aligned, const Dev
   const SkinnyKernel* const kernel = BestKernel(
       SkinnyF32(), RequiredMath(problem),
       [&](const SkinnyKernel& k) {
-        return k.rows >= problem.m && BestDivision(k, problem, device).groups > 0;
+        return k.rows >= problem.m && Depth(k, 1, device) > 0 &&
+               (problem.tile == 0 || BestDivision(k, problem, device).groups > 0);
       },
-      [&](const SkinnyKernel& k) { return BestDivision(k, problem, device).cost; });
+      [](const SkinnyKernel& k) { return int{k.rows}; });
   if (kernel == nullptr) return {};
   const Division division = BestDivision(*kernel, problem, device);
   return {kernel, division.groups, division.split, Depth(*kernel, division.groups, device)};

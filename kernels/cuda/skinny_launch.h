@@ -1,5 +1,4 @@
-// The fp32 route for few rows on the host: which kernel and division serve a problem, and its
-// launch.
+// Choosing, preparing and launching the kernels of the fp32 route for few rows.
 
 #ifndef FXFUSE_CUDA_SKINNY_LAUNCH_H_
 #define FXFUSE_CUDA_SKINNY_LAUNCH_H_
@@ -18,14 +17,14 @@ struct SkinnyChoice {
   int depth = 2;
 };
 
-// The choice by estimated cost, or as the problem's `tile` asks. `aligned`: rows of A and B start
-// at multiples of 16 bytes.
+// The kernel of the fewest rows, divided as estimated costs or the problem's `tile` ask. `aligned`:
+// rows of A and B start at multiples of 16 bytes.
 SkinnyChoice ChooseSkinny(const fxfuse_problem& problem, bool aligned, const DeviceLimits& device);
 
 // Loads all kernels on the current device and raises their shared-memory limits.
 fxfuse_status PrepareSkinny(const char* call, const DeviceLimits& device);
 
-// Enqueues a problem that ChooseSkinny has found a kernel for, with m and n above 0, on `stream`.
+// Enqueues one kernel; as in launch.h.
 fxfuse_status LaunchSkinny(const char* call, const fxfuse_problem& problem, void* const* pointers,
                            const SkinnyChoice& choice, void* stream);
 
