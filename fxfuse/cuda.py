@@ -67,7 +67,7 @@ def cuda_recipe(
     if route == "cublas":
         return _pointwise_recipe(call, result, lib, layouts, fixes)
     recipe = _gemm_recipe(call, result, lib, layouts, fixes, route)
-    if not call.transposed:
+    if not call.transposed and route != "skinny":
         return recipe
     return where_aligned(recipe, _pointwise_recipe(call, result, lib, layouts, fixes))
 
@@ -85,7 +85,8 @@ def _pointwise_recipe(
 def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:
     """`recipe` for an x and a weight that start at multiples of 16 bytes, `other` for the rest.
 
-    Addresses are no part of a signature, and only one of our kernels reads a weight [K, N].
+    Addresses are no part of a signature. Only one of our kernels reads a weight [K, N], and only
+    one takes fp32 inputs in fp32.
     """
 
     def run(
@@ -101,7 +102,7 @@ def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:
 def _choose(call: Call, result: Result, device: int) -> str:
     """Who computes the product of a call: "cublas", or our kernels: "auto" leaves it to the library
     which, "hopper" and "portable" (only where a measurement forces them) do not, "high" and
-    "highest" take fp32 inputs as planes of fp16."""
+    "highest" take fp32 inputs as planes of fp16, "skinny" few rows of them in fp32."""
     weight, x = call.weight, call.x
     assert weight is not None
     plain = (
@@ -117,6 +118,8 @@ def _choose(call: Call, result: Result, device: int) -> str:
     m, n = rows_and_columns(result.acc_shape)
     if x.dtype == torch.float32:
         precision = "high" if tf32_allowed() else "highest"
+        if precision == "highest" and _takes_skinny(call, m, n):
+            return "skinny"
         planes = capability == (9, 0) and (
             FORCED[-1] == "hopper"
             if FORCED
@@ -136,6 +139,26 @@ def _choose(call: Call, result: Result, device: int) -> str:
     if call.transposed and m <= 32:
         return "cublas"  # the kernels for few rows read [N, K] alone
     return preferred_route(capability, m, n, x.shape[-1], 8 * x.element_size())
+
+
+def _takes_skinny(call: Call, m: int, n: int) -> bool:
+    """Whether our kernels for few rows take an fp32 product in fp32."""
+    assert call.weight is not None
+    k = call.x.shape[-1]
+    rows = (k, flatten_rows(call.x)[1], call.weight.stride(0))
+    if call.transposed or any(size % 4 or size > 2**26 for size in rows):
+        return False  # they copy 16 bytes at a time, and count them with 32 bits
+    return FORCED[-1] == "skinny" if FORCED else prefers_skinny(m, n, k)
+
+
+def prefers_skinny(m: int, n: int, k: int) -> bool:
+    """Whether an fp32 product in fp32 is faster by our kernels for few rows than by cuBLAS.
+
+    They take up to 32 rows (kSkinnyMaxM). These limits are estimates, to be measured on an H200 by
+    scripts/bench_fp32.py: up to 16 rows reading the weight outlasts the multiplications, and a
+    weight of less than 1 MB is a matter of launches.
+    """
+    return m <= 16 and n * k >= 2**18
 
 
 def prefers_planes(precision: str, m: int, n: int, k: int, frozen_weight: bool) -> bool:

@@ -25,7 +25,7 @@ from .program import Program
 
 ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
-ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3}
+ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
 STATUS_UNSUPPORTED = 2
 POINTER_OPERAND = 3
 POINTER_OUTPUT = POINTER_OPERAND + MAX_OPERANDS

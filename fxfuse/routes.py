@@ -42,8 +42,8 @@ FORCED: list[str] = []
 
 @dataclass(frozen=True)
 class Recipe:
-    """How calls of one signature run. route: "cpu", "cublas", "portable", "pointwise" or
-    "reference"; reason: why the last one, where it is."""
+    """How calls of one signature run. route: "cpu", "cublas", "portable", "hopper",
+    "hopper-high", "skinny", "pointwise" or "reference"; reason: why the last one, where it is."""
 
     route: str
     reason: str | None
@@ -56,7 +56,8 @@ class NoKernel(Exception):
 
 @contextmanager
 def forced_route(route: str) -> Iterator[None]:
-    """Serve CUDA Linear calls by `route` ("portable" or "cublas") where it can, for measurements.
+    """Serve CUDA Linear calls by `route` ("portable", "hopper", "skinny" or "cublas") where it can,
+    for measurements.
 
     Raises KernelError at a call the route cannot serve.
     """

@@ -84,8 +84,8 @@ class Checker {
     }
     if (p.has_gemm != 0 && p.has_gemm != 1) return Bad("has_gemm", p.has_gemm, "0 or 1");
     if (p.has_bias != 0 && p.has_bias != 1) return Bad("has_bias", p.has_bias, "0 or 1");
-    if (p.route < FXFUSE_ROUTE_AUTO || p.route > FXFUSE_ROUTE_HOPPER) {
-      return BadRange("route", p.route, FXFUSE_ROUTE_AUTO, FXFUSE_ROUTE_HOPPER);
+    if (p.route < FXFUSE_ROUTE_AUTO || p.route > FXFUSE_ROUTE_SKINNY) {
+      return BadRange("route", p.route, FXFUSE_ROUTE_AUTO, FXFUSE_ROUTE_SKINNY);
     }
     if (p.tile < 0) return Bad("tile", p.tile, "0 or more");
     if (!p.has_gemm) {

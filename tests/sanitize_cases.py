@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from helpers_hopper import SPLITS, TILES, run_tile
+from helpers_gemm import SKINNY_TILES, SPLITS, TILES, run_tile
 
 from fxfuse import library
 from fxfuse.errors import LibraryError
@@ -116,6 +116,30 @@ def planes_cases() -> Iterator[tuple[str, bool]]:
             yield f"{planes} planes {tile}/{division} {m}x{n}x{k} special {special}", right
 
 
+def skinny_cases() -> Iterator[tuple[str, bool]]:
+    """Every kernel of the skinny route, every tile, every division of K."""
+    torch.set_float32_matmul_precision("highest")
+    sizes = ((1, 300, 1028), (3, 33, 4), (8, 70, 520), (13, 257, 640), (32, 130, 1500))
+    for m, n, k in sizes:
+        x, weight, bias = (randn(*s, dtype=torch.float32) for s in ((m, k), (n, k), (n,)))
+        for number, (a, b) in enumerate(operands(m, n, torch.float32)):
+            acc = F.linear(x.double(), weight.double(), bias.double())
+            truth = chain(acc, a.double(), b.double())
+            with forced_route("skinny"):
+                found = fused_linear(x, weight, bias, [a, b], CHAIN)
+            yield f"skinny {m}x{n}x{k} operands {number}", close(found, truth, torch.float32)
+        row, full = randn(n, dtype=torch.float32), randn(m, n, dtype=torch.float32)
+        gelu = F.gelu(acc)
+        wide = (gelu * row.double() + full.double()) * acc
+        for tile, split_by in itertools.product(SKINNY_TILES, SPLITS):
+            found = run_tile(x, weight, bias, [row, full], WIDE, tile, split_by, route="skinny")
+            if found is not None:
+                right = close(found[0], wide, torch.float32) and close(
+                    found[1], gelu, torch.float32
+                )
+                yield f"skinny {m}x{n}x{k} {tile}/{split_by}", right
+
+
 def pointwise_cases() -> Iterator[tuple[str, bool]]:
     """The pointwise kernel alone, in each arithmetic; outputs of another dtype, too."""
     for dtype, (m, n, _) in itertools.product(DTYPES, (*SIZES, *RAGGED)):
@@ -155,7 +179,7 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     passed, wrong = 0, []
-    cases = [gemm_cases(), pointwise_cases(), split_cases()]
+    cases = [gemm_cases(), skinny_cases(), pointwise_cases(), split_cases()]
     if torch.cuda.get_device_capability() == (9, 0):
         cases += [hopper_cases(), planes_cases()]
     for name, right in itertools.chain(*cases):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_hopper import FAMILIES, SPLITS, TILES, error, hopper, randn, row_errors, run_tile
+from helpers_gemm import FAMILIES, SPLITS, TILES, error, hopper, randn, row_errors, run_tile
 from torch import nn
 
 import fxfuse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_hopper import FAMILIES, SPLITS, error, hopper, randn, row_errors, run_tile
+from helpers_gemm import FAMILIES, SPLITS, error, hopper, randn, row_errors, run_tile
 from torch import nn
 
 import fxfuse
@@ -93,7 +93,8 @@ def test_error_is_at_most_that_of_sgemm(family, k):
     if family == "rows of huge range":
         # A sum of few terms: SGEMM rounds each product once, planes have 22 to 24 bits of a factor.
         worst = componentwise(found, x, weight, truth).amax()
-        assert worst < 2**-21 and row_errors(found, truth).mean() < 2**-22
+        assert worst < 2**-21
+        assert row_errors(found, truth).mean() < 2**-22
         return
     for ours in (found, turned):
         assert row_errors(ours, truth).norm() <= row_errors(eager, truth).norm() + slack

@@ -9,6 +9,7 @@
 #include "device_program.h"
 #include "hopper_launch.h"
 #include "launch.h"
+#include "skinny_launch.h"
 #include "split.h"
 
 namespace fxfuse {
@@ -20,9 +21,11 @@ struct Choice {
   const PointwiseKernel* pointwise = nullptr;
   const PortableKernel* portable = nullptr;
   HopperChoice hopper;
+  SkinnyChoice skinny;
 
   const char* Name() const {
     if (pointwise != nullptr) return pointwise->name;
+    if (skinny.kernel != nullptr) return skinny.kernel->name;
     return hopper.kernel != nullptr ? hopper.kernel->name : portable->name;
   }
 };
@@ -61,6 +64,18 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
                 "%s: route=hopper (%d) takes 16-bit inputs with rows at multiples of 16 bytes and "
                 "K > 0, on sm_90",
                 call, problem.route);
+  }
+  if (problem.route == FXFUSE_ROUTE_SKINNY) {
+    choice->route = FXFUSE_ROUTE_SKINNY;
+    choice->skinny = ChooseSkinny(problem, aligned, device.limits);
+    if (choice->skinny.kernel != nullptr) return FXFUSE_OK;
+    return Fail(FXFUSE_UNSUPPORTED,
+                "%s: route=skinny (%d), m=%lld, k=%lld, ldb=%lld: it takes fp32 inputs, B [N, K], "
+                "rows at multiples of 16 bytes, m up to %d, k a multiple of 4 up to %lld, ldb up "
+                "to %lld",
+                call, problem.route, static_cast<long long>(problem.m),
+                static_cast<long long>(problem.k), static_cast<long long>(problem.ldb), kSkinnyMaxM,
+                static_cast<long long>(kSkinnyMaxK), static_cast<long long>(kSkinnyMaxStride));
   }
   if (problem.route == FXFUSE_ROUTE_POINTWISE) {
     return Fail(FXFUSE_BAD_ARGUMENT, "%s: route=pointwise (%d), expected has_gemm=0 with it", call,
@@ -143,6 +158,9 @@ fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointe
   }
   if (choice.route == FXFUSE_ROUTE_HOPPER) {
     return fxfuse::LaunchHopper(kCall, *problem, pointers, device->limits, choice.hopper, stream);
+  }
+  if (choice.route == FXFUSE_ROUTE_SKINNY) {
+    return fxfuse::LaunchSkinny(kCall, *problem, pointers, choice.skinny, stream);
   }
   return fxfuse::LaunchPortable(kCall, *problem, pointers, *choice.portable, stream);
 }

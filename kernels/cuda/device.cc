@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "hopper_launch.h"
+#include "skinny_launch.h"
 #include "split.h"
 
 namespace fxfuse {
@@ -75,6 +76,7 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
   device->limits.hopper = major == 9 && minor == 0;
   fxfuse_status status = PreparePortable(call, device->limits);
   if (status == FXFUSE_OK && device->limits.hopper) status = PrepareHopper(call, &device->limits);
+  if (status == FXFUSE_OK) status = PrepareSkinny(call, device->limits);
   if (status == FXFUSE_OK) status = PrepareSplit(call);
   return status == FXFUSE_OK ? PreparePointwise(call, device) : status;
 }

@@ -2,7 +2,8 @@
 //
 // Every thread of a block is a fiber; collectives (barriers, ldmatrix, mma) meet by yielding. What
 // would be a race on a GPU is made to fail here: warps run in random order between barriers, and a
-// cp.async destination holds NaN until its group has been waited for.
+// cp.async destination holds NaN until its group has been waited for. Of a cluster, one block runs
+// until it waits for the others.
 
 #ifndef FXFUSE_CUDA_EMULATION_H_
 #define FXFUSE_CUDA_EMULATION_H_
@@ -77,13 +78,23 @@ struct Barrier {
   int generation = 0;
 };
 
-inline std::vector<Fiber> fibers;
+// A block of a cluster, and its shared memory while another one runs.
+struct Block {
+  std::vector<Fiber> fibers;
+  Barrier barrier;
+  std::vector<Barrier> warp_barriers;
+  std::vector<uint8_t> memory = std::vector<uint8_t>(kSharedBytes);
+  int waiting = 0;  // fibers at the cluster's barrier
+};
+
+inline std::vector<Block> blocks;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
-inline int current, block_threads;
-inline Barrier block_barrier;
-inline std::vector<Barrier> warp_barriers;
+inline int current_block, current, block_threads;
+inline Barrier cluster_barrier;
 inline long matrices_read, bank_conflicts;
+
+inline Fiber& Current() { return blocks[current_block].fibers[current]; }
 
 inline void Meet(Barrier& barrier, int threads) {
   const int generation = barrier.generation;
@@ -91,35 +102,35 @@ inline void Meet(Barrier& barrier, int threads) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  while (barrier.generation == generation) {
-    swapcontext(&fibers[current].context, &scheduler);
-  }
+  while (barrier.generation == generation) swapcontext(&Current().context, &scheduler);
 }
 
 inline void Enter() {
   body();
-  fibers[current].done = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  Current().done = true;
+  swapcontext(&Current().context, &scheduler);
 }
 
 inline bool RunWarp(int warp) {
   bool alive = false;
   for (int i = warp * 32; i < warp * 32 + 32; ++i) {
-    if (fibers[i].done) continue;
+    Fiber& fiber = blocks[current_block].fibers[i];
+    if (fiber.done) continue;
     alive = true;
     current = i;
     threadIdx.x = i;
-    swapcontext(&scheduler, &fibers[i].context);
+    swapcontext(&scheduler, &fiber.context);
   }
   return alive;
 }
 
-inline void RunBlock(int threads, std::mt19937& random) {
-  memset(shared, 0xff, sizeof(shared));
-  block_barrier = Barrier();
-  warp_barriers.assign(threads / 32, Barrier());
-  fibers.resize(threads);
-  for (Fiber& fiber : fibers) {
+inline void Start(Block& block) {
+  std::fill(block.memory.begin(), block.memory.end(), 0xff);
+  block.barrier = Barrier();
+  block.warp_barriers.assign(block_threads / 32, Barrier());
+  block.waiting = 0;
+  block.fibers.resize(block_threads);
+  for (Fiber& fiber : block.fibers) {
     fiber.done = false;
     fiber.groups.clear();
     fiber.open.clear();
@@ -128,26 +139,45 @@ inline void RunBlock(int threads, std::mt19937& random) {
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     makecontext(&fiber.context, Enter, 0);
   }
-  std::vector<int> order(threads / 32);
+}
+
+// Runs the current block until it is done, or waits for the others of its cluster; returns whether
+// it is done.
+inline bool RunBlock(std::mt19937& random) {
+  Block& block = blocks[current_block];
+  memcpy(shared, block.memory.data(), kSharedBytes);
+  std::vector<int> order(block_threads / 32);
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-  for (bool alive = true; alive;) {
+  bool alive = true;
+  while (alive && block.waiting < block_threads) {
     alive = false;
     std::shuffle(order.begin(), order.end(), random);
     for (int warp : order) {
       for (int turns = random() % 40 + 1; turns > 0 && RunWarp(warp); --turns) alive = true;
     }
   }
+  memcpy(block.memory.data(), shared, kSharedBytes);
+  return !alive;
 }
 
-// kernel<<<blocks, threads>>>(), where `kernel` calls it with its arguments.
-inline void Launch(int blocks, int threads, std::function<void()> kernel) {
+// kernel<<<count, threads>>>() in clusters of `split` blocks, where `kernel` calls it with its
+// arguments.
+inline void Launch(int count, int threads, std::function<void()> kernel, int split = 1) {
   std::mt19937 random(1);
   body = std::move(kernel);
-  gridDim.x = blocks;
+  gridDim.x = count;
   block_threads = threads;
-  for (int b = 0; b < blocks; ++b) {
-    blockIdx.x = b;
-    RunBlock(threads, random);
+  blocks.resize(split);
+  for (int first = 0; first < count; first += split) {
+    cluster_barrier = Barrier();
+    for (Block& block : blocks) Start(block);
+    for (int done = 0; done < split;) {
+      done = 0;
+      for (current_block = 0; current_block < split; ++current_block) {
+        blockIdx.x = first + current_block;
+        done += RunBlock(random);
+      }
+    }
   }
 }
 
@@ -155,13 +185,25 @@ inline void Launch(int blocks, int threads, std::function<void()> kernel) {
 }  // namespace fxfuse
 
 inline void __syncthreads() {
-  fxfuse::emulation::Meet(fxfuse::emulation::block_barrier, fxfuse::emulation::block_threads);
+  using namespace fxfuse::emulation;
+  Meet(blocks[current_block].barrier, block_threads);
 }
 inline void __syncwarp() {
-  fxfuse::emulation::Meet(fxfuse::emulation::warp_barriers[fxfuse::emulation::current / 32], 32);
+  using namespace fxfuse::emulation;
+  Meet(blocks[current_block].warp_barriers[current / 32], 32);
+}
+inline float __shfl_xor_sync(uint32_t, float value, int flip) {
+  static float sent[32][32];  // [warp][lane]
+  const int warp = fxfuse::emulation::current / 32, lane = fxfuse::emulation::current % 32;
+  sent[warp][lane] = value;
+  __syncwarp();
+  const float received = sent[warp][lane ^ flip];
+  __syncwarp();
+  return received;
 }
 
-#define FXFUSE_CUDA_PTX_CUH_  // in place of ptx.cuh:
+#define FXFUSE_CUDA_PTX_CUH_  // in place of ptx.cuh and ptx_hopper.cuh:
+#define FXFUSE_CUDA_PTX_HOPPER_CUH_
 namespace fxfuse {
 
 inline uint32_t shared_address(const void* pointer) {
@@ -175,7 +217,7 @@ inline void CopyAsync(uint32_t to, const void* from, int size, int valid) {
     emulation::Die("cp.async: misaligned source");
   }
   memset(shared + to, 0xff, size);
-  emulation::fibers[emulation::current].open.push_back({to, from, size, valid});
+  emulation::Current().open.push_back({to, from, size, valid});
 }
 inline void copy_async_16(uint32_t to, const void* from, uint32_t inside) {
   CopyAsync(to, from, 16, inside != 0 ? 16 : 0);
@@ -184,13 +226,13 @@ inline void copy_async_4(uint32_t to, const void* from, int valid) {
   CopyAsync(to, from, 4, valid);
 }
 inline void copy_async_commit() {
-  emulation::Fiber& fiber = emulation::fibers[emulation::current];
+  emulation::Fiber& fiber = emulation::Current();
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
 }
 template <int kPending>
 void copy_async_wait() {
-  emulation::Fiber& fiber = emulation::fibers[emulation::current];
+  emulation::Fiber& fiber = emulation::Current();
   while (fiber.groups.size() > kPending) {
     for (const emulation::Copy& copy : fiber.groups.front()) {
       memset(shared + copy.to, 0, copy.size);
@@ -198,6 +240,26 @@ void copy_async_wait() {
     }
     fiber.groups.erase(fiber.groups.begin());
   }
+}
+inline float4 load_shared(uint32_t from) {
+  if (from % 16 != 0 || from + 16 > kSharedBytes) emulation::Die("ld.shared: bad address");
+  float4 value;
+  memcpy(&value, shared + from, 16);
+  return value;
+}
+inline void cluster_sync() {
+  using namespace emulation;
+  const int threads = block_threads * static_cast<int>(blocks.size());
+  ++blocks[current_block].waiting;
+  if (cluster_barrier.arrived + 1 == threads) {
+    for (Block& block : blocks) block.waiting = 0;
+  }
+  Meet(cluster_barrier, threads);
+}
+inline void store_remote(uint32_t to, uint32_t rank, float4 value) {
+  if (to % 16 != 0 || to + 16 > kSharedBytes) emulation::Die("st.shared: bad address");
+  const bool own = static_cast<int>(rank) == emulation::current_block;
+  memcpy((own ? shared : emulation::blocks[rank].memory.data()) + to, &value, 16);
 }
 inline void store_shared_32(uint32_t to, uint32_t value) { memcpy(shared + to, &value, 4); }
 

@@ -15,6 +15,7 @@ using DeviceFastMath = HostMath;
 #include "choose.h"
 #include "pointwise_kernel.cu"
 #include "portable_gemm.cuh"
+#include "skinny_gemm.cuh"
 
 namespace fxfuse {
 namespace {
@@ -180,6 +181,44 @@ void TestPortable(const char* name, int64_t m, int64_t n, int64_t k, int64_t k_p
   });
 }
 
+// K is divided by `groups` groups of warps and by `split` blocks; `k_padding` and `n_padding`
+// between rows, which hold NaN.
+template <int kRows, int kColumns, class Out>
+void TestSkinny(const char* name, int64_t m, int64_t n, int64_t k, int groups, int split, int depth,
+                int64_t k_padding = 0, int64_t n_padding = 0) {
+  using Config = SkinnyConfig<kRows, kColumns, HostMath>;
+  const SkinnyKernel kernel = {"", nullptr, MathLevel::kExact, kRows, kColumns};
+  const int64_t ld = k + k_padding;
+  std::vector<float> a = Random<float>(m * ld), b = Random<float>(n * ld);
+  const std::vector<float> bias = Random<float>(n);
+  for (std::vector<float>* matrix : {&a, &b}) {
+    for (size_t i = 0; i < matrix->size(); ++i) {
+      if (static_cast<int64_t>(i) % ld >= k) (*matrix)[i] = NAN;
+    }
+  }
+  Case<Out> test(m, n, n_padding);
+  test.problem.k = k, test.problem.lda = test.problem.ldb = ld;
+  test.problem.has_gemm = test.problem.has_bias = 1;
+  test.pointers[FXFUSE_PTR_BIAS] = const_cast<float*>(bias.data());
+
+  SkinnyArguments arguments = {};
+  arguments.a = a.data(), arguments.b = b.data();
+  arguments.lda = arguments.ldb = ld;
+  arguments.m = m, arguments.n = n, arguments.k = k;
+  arguments.split = split, arguments.depth = depth;
+  arguments.range = kernel.Range(k, groups, split);
+  while (1 << arguments.log2_groups < groups) ++arguments.log2_groups;
+  TranslateProgram(test.problem, test.pointers, &arguments.program);
+  emulation::matrices_read = emulation::bank_conflicts = 0;
+  const int tiles = static_cast<int>(CeilDivide(n, kernel.TileColumns(groups)));
+  emulation::Launch(tiles * split, kSkinnyThreads, [&] { SkinnyGemm<Config>(arguments); }, split);
+  test.Check(name, [&](int64_t i, int64_t j) {
+    double sum = bias[j];
+    for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(a[i * ld + l]) * b[j * ld + l];
+    return sum;
+  });
+}
+
 template <class In, class Out, int kWidth, int kGroups>
 void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   using Config = PointwiseConfig<HostMath, kWidth, kGroups, kWidth == 8>;
@@ -226,6 +265,18 @@ void RunAll() {
   TestPortable<F16, LargeTile, 8, F16>("large fp16", 140, 300, 520);
   TestPortable<float, LargeTile, 4, F16>("large tf32 to fp16", 128, 256, 64);
   TestPortable<Bf16, SmallTile, 8, Bf16>("ten tile rows", 600, 70, 8);
+  TestSkinny<1, 8, float>("skinny fp32, 1 row", 1, 300, 4100, 1, 1, 6);
+  TestSkinny<1, 8, float>("skinny fp32, 1 row", 1, 33, 4100, 8, 8, 6, 4, 3);
+  TestSkinny<1, 8, float>("skinny fp32, K = 4", 1, 1, 4, 8, 8, 2);
+  TestSkinny<4, 8, float>("skinny fp32, 3 rows", 3, 259, 1028, 2, 4, 4);
+  TestSkinny<4, 8, Bf16>("skinny fp32 to bf16", 4, 64, 3000, 4, 1, 6);
+  TestSkinny<8, 8, float>("skinny fp32, 5 rows", 5, 70, 2052, 8, 2, 4, 8);
+  TestSkinny<8, 8, float>("skinny fp32, 8 rows", 8, 257, 260, 1, 8, 2);
+  TestSkinny<16, 8, float>("skinny fp32, 16 rows", 16, 132, 1024, 2, 2, 6);
+  TestSkinny<16, 8, float>("skinny fp32, 9 rows", 9, 65, 1500, 8, 4, 4, 0, 1);
+  TestSkinny<32, 4, float>("skinny fp32, 17 rows", 17, 130, 516, 1, 2, 6);
+  TestSkinny<32, 4, float>("skinny fp32, 32 rows", 32, 36, 1032, 4, 8, 4);
+  TestSkinny<32, 4, F16>("skinny fp32 to fp16", 31, 17, 800, 8, 1, 2);
   TestPointwise<Bf16, Bf16, 8, 2>(37, 512, 0, 3);
   TestPointwise<Bf16, Bf16, 8, 2>(37, 515, 0, 3);
   TestPointwise<F16, F16, 8, 2>(5, 7, 0, 9);

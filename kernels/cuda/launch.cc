@@ -7,13 +7,21 @@
 namespace fxfuse {
 
 fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
-                     int threads, int shared_bytes, void* arguments, void* stream) {
+                     int threads, int shared_bytes, void* arguments, void* stream, int cluster) {
   const fxfuse_status status = CheckLimit(call, "blocks", blocks, INT32_MAX);
   if (status != FXFUSE_OK) return status;
   void* parameters[] = {arguments};
-  const cudaError_t error =
-      cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), parameters,
-                       shared_bytes, static_cast<cudaStream_t>(stream));
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelExC(&config, function, parameters);
   if (error == cudaSuccess) return FXFUSE_OK;
   // Taken off the runtime's record: it is told here, and must not surface again in a later call.
   cudaGetLastError();

@@ -11,9 +11,10 @@ namespace fxfuse {
 fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit);
 
 // Enqueues `blocks` blocks of a kernel that takes one struct, at `arguments`, on `stream` (a
-// cudaStream_t). Without effect on what cudaGetLastError says: a failure is told here.
+// cudaStream_t), in clusters of `cluster` of them. Without effect on what cudaGetLastError says: a
+// failure is told here.
 fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
-                     int threads, int shared_bytes, void* arguments, void* stream);
+                     int threads, int shared_bytes, void* arguments, void* stream, int cluster = 1);
 
 // Each enqueues one kernel on `stream` (a cudaStream_t). The problem has passed CheckProblem, the
 // kernel can serve it, and neither m nor n is 0. `call` is the entry point to name in messages.

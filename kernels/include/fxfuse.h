@@ -106,21 +106,24 @@ typedef struct {
   fxfuse_output output[FXFUSE_MAX_OUTPUTS];
 } fxfuse_program;
 
-// Routes of the CUDA library. AUTO asks it to choose (never POINTWISE: that needs no GEMM).
+// Routes of the CUDA library. AUTO asks it to choose (never POINTWISE: that needs no GEMM; nor
+// SKINNY: it takes F32 inputs as TF32).
 typedef enum {
   FXFUSE_ROUTE_AUTO = 0,
   FXFUSE_ROUTE_POINTWISE = 1,  // the program alone, over a matrix already in memory
   FXFUSE_ROUTE_PORTABLE = 2,   // mma.sync + cp.async, sm_80 and up
-  FXFUSE_ROUTE_HOPPER = 3      // TMA + wgmma, sm_90a
+  FXFUSE_ROUTE_HOPPER = 3,     // TMA + wgmma, sm_90a
+  FXFUSE_ROUTE_SKINNY = 4      // F32 inputs, few rows of A, products in fp32; sm_80 and up
 } fxfuse_route;
 
 // One call. With has_gemm: A [M, K] and B [N, K], both with adjacent K (row strides lda, ldb in
-// elements), of input_dtype, and bias [N] or none; products of F32 inputs are taken in TF32. With
-// b_transposed B is [K, N] with adjacent N, and ldb the stride of a row of that. With planes A and
-// B are that many F16 planes each, as fxfuse_cuda_split leaves them, and element (m, n) of their
-// product is multiplied by (root_a[m] * root_b[n])^2 before the bias is added. Of one plane the
-// product is hi * hi^T. Of two it is hi * hi^T + hi * lo^T + lo * hi^T, added up in fp32 at least
-// every 64 of K, but hi * hi^T alone where row m of A or row n of B is special.
+// elements), of input_dtype, and bias [N] or none; products of F32 inputs are taken in TF32, but in
+// fp32 by FXFUSE_ROUTE_SKINNY. With b_transposed B is [K, N] with adjacent N, and ldb the stride of
+// a row of that. With planes A and B are that many F16 planes each, as fxfuse_cuda_split leaves
+// them, and element (m, n) of their product is multiplied by (root_a[m] * root_b[n])^2 before the
+// bias is added. Of one plane the product is hi * hi^T. Of two it is hi * hi^T + hi * lo^T + lo *
+// hi^T, added up in fp32 at least every 64 of K, but hi * hi^T alone where row m of A or row n of B
+// is special.
 // Without has_gemm: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B
 // unused.
 typedef struct {
@@ -133,8 +136,8 @@ typedef struct {
   int32_t b_transposed;
   int32_t planes;  // 0: A and B are not planes
   int32_t route;   // fxfuse_route
-  // For measurements of the Hopper route: 16 * the columns of a tile + the blocks that divide K; 0
-  // has the library choose.
+  // For measurements of the Hopper and skinny routes: 16 * the columns of a tile + the blocks that
+  // divide K; 0 has the library choose.
   int32_t tile;
   fxfuse_program program;
 } fxfuse_problem;

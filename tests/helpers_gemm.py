@@ -1,5 +1,5 @@
-"""Run one tile of the Hopper route, divided as one likes, whatever the library would choose; and
-families of fp32 matrices that products of planes must be right for."""
+"""Run one tile of the Hopper or the skinny route, divided as one likes, whatever the library would
+choose; and families of fp32 matrices that products must be right for."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fxfuse.program import parse
 from fxfuse.split import plane_stride, split
 
 TILES = (256, 128, 64)
+SKINNY_TILES = (256, 128, 64, 32, 16)
 SPLITS = (1, 2, 4, 8)
 
 hopper = pytest.mark.skipif(
@@ -73,6 +74,7 @@ def run_tile(
     division: int,
     transposed: bool = False,
     planes: int = 0,
+    route: str = "hopper",
 ) -> list[torch.Tensor] | None:
     """The outputs, of the inputs' dtype, of `program` over x [M, K] times weight [N, K] (or [K, N]
     where `transposed`), or None where the tile cannot serve the shape with K divided into so many.
@@ -91,7 +93,7 @@ def run_tile(
         input_dtype = torch.float16
     gemm = Gemm(k, lda, ldb, None if bias is None else dtype, transposed, planes)
     dtypes = [dtype] * len(outputs)
-    problem = lib.problem(parsed, m, n, input_dtype, 0, layouts, dtypes, gemm, "hopper")
+    problem = lib.problem(parsed, m, n, input_dtype, 0, layouts, dtypes, gemm, route)
     problem.tile = 16 * tile + division
     if lib.handle.fxfuse_cuda_choose(ctypes.byref(problem), None, None):
         return None
