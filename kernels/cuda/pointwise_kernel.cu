@@ -7,6 +7,7 @@
 
 #include "fragment.cuh"
 #include "interpreter.cuh"
+#include "kernel_list.h"
 #include "math_device.cuh"
 #include "memory.cuh"
 #include "pointwise_kernel.h"
@@ -130,8 +131,6 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     }
   }
 }
-
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Config>
 PointwiseKernel Describe(const char* name, MathLevel math) {
