@@ -67,7 +67,7 @@ struct Interval {
   float low = -INFINITY;
   float high = INFINITY;
 
-  bool InUnit() const { return low >= -1.0f && high <= 1.0f; }
+  bool Within(float from, float to) const { return from <= low && high <= to; }
 };
 
 // The interval after a step; everything where it is not worth knowing.
@@ -83,12 +83,12 @@ Interval After(ChainCode code, const ChainStep& step, Interval x) {
     case ChainCode::clamp:  // a bound of NaN makes every result NaN
       return {std::min(step.p1, std::max(step.p0, x.low)),
               std::min(step.p1, std::max(step.p0, x.high))};
-    // Above their minima of -0.17 and -0.28 by less than 0.3, and nearer to zero than the argument.
+    case ChainCode::gelu_unit:  // -0.17 and 0.8413, but for the error of a fit
+      return {-0.18f, 0.85f};
     case ChainCode::gelu:
-    case ChainCode::gelu_unit:
     case ChainCode::gelu_tanh:
     case ChainCode::silu:
-      return {-0.3f, std::max(0.0f, x.high)};
+      return {-0.3f, 1.001f * std::max(0.0f, x.high)};
     case ChainCode::mul_constant: {
       const float ends[] = {x.low * step.p0, x.high * step.p0};
       return {std::min(ends[0], ends[1]), std::max(ends[0], ends[1])};
@@ -100,8 +100,10 @@ Interval After(ChainCode code, const ChainStep& step, Interval x) {
   }
 }
 
-// The same step for arguments in [-1, 1].
-ChainCode InUnit(ChainCode code) {
+// The step at its cheapest for arguments in an interval; `end` where they are its results.
+ChainCode Cheapest(ChainCode code, const ChainStep& step, Interval x) {
+  if (code == ChainCode::clamp && x.Within(step.p0, step.p1)) return ChainCode::end;
+  if (!x.Within(-1.0f, 1.0f)) return code;
   if (code == ChainCode::gelu) return ChainCode::gelu_unit;
   if (code == ChainCode::tanh) return ChainCode::tanh_unit;
   return code;
@@ -182,8 +184,8 @@ void TranslateChain(DeviceProgram* program) {
     ChainStep& step = program->chain[steps];
     ChainCode code;
     if (!TranslateStep(*program, instruction, dtype, &step, &code)) return;
+    code = Cheapest(code, step, interval);
     if (code == ChainCode::end) continue;
-    if (interval.InUnit()) code = InUnit(code);
     interval = After(code, step, interval);
     program->chain_codes |= static_cast<uint64_t>(code) << (4 * steps++);
   }

@@ -84,7 +84,7 @@ struct DeviceProgram {
   fxfuse_instruction instruction[kMaxDeviceInstructions];
   DeviceOperand operand[FXFUSE_MAX_OPERANDS + 1];
   DeviceOutput output[FXFUSE_MAX_OUTPUTS];
-  int32_t chain_count;  // instructions of the program if it is a chain, else 0; a copy is no step
+  int32_t chain_count;  // instructions of the program if it is a chain (with no more steps), else 0
   int32_t chain_output;
   uint64_t chain_codes;  // a ChainCode for each step in four bits, the first in the lowest
   ChainStep chain[kMaxChain];

@@ -251,6 +251,8 @@ void TestChains() {
   TestChain("clamp to NaN, gelu", {{Opcode::clamp, -1.0f, NAN}, gelu}, {C::clamp, C::gelu});
   TestChain("copy, tanh, copy, silu", {{Opcode::copy}, tanh, {Opcode::copy}, {Opcode::silu}},
             {C::tanh, C::silu});
+  TestChain("tanh, gelu, clamp", {tanh, gelu, clamp}, {C::tanh, C::gelu_unit});
+  TestChain("tanh, silu, clamp", {tanh, {Opcode::silu}, clamp}, {C::tanh, C::silu, C::clamp});
   TestChain("copy", {{Opcode::copy}}, {});
 }
 
