@@ -133,6 +133,24 @@ def test_relative_error_of_high_precision(name, clamp):
 
 
 @hopper
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "clamp", "clamp tanh", "clamp tanh gelu"])
+def test_high_precision_is_exact_where_everything_saturates(name):
+    """Eager makes no error there, whatever its product's."""
+    torch.set_float32_matmul_precision("high")
+    magnitude = torch.linspace(20, 80, 64 * COLUMNS, device="cuda").reshape(-1, COLUMNS)
+    identity = torch.eye(COLUMNS, device="cuda")
+    program, truth = [], magnitude.double()
+    for i, op in enumerate(name.split(), start=1):
+        parameters = ", -1.0, 1.0" if op == "clamp" else ""
+        program.append(f"t{i} = {op} {f't{i - 1}' if i > 1 else 'acc'}{parameters}")
+        truth = truth.clamp(-1, 1) if op == "clamp" else TRUTH[op](truth)
+    with forced_route("hopper"):
+        text = "; ".join([*program, f"store t{len(program)}"])
+        found = fused_linear(magnitude, identity, None, [], text)
+    assert worst(found, truth, torch.float32) <= 2**-22
+
+
+@hopper
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", TRUTH)
 def test_infinities_and_nans_of_the_chain_kernels(name, tile):

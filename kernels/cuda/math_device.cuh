@@ -2,7 +2,8 @@
 //
 //   DeviceMath      for fp32 outputs: the accuracy of CUDA's own single-precision functions.
 //   DeviceHalfMath  for fp16 outputs and products of scaled planes: an activation's error is below
-//                   2^-14 of the result, where fp16 rounds at 2^-12.
+//                   2^-14 of the result, where fp16 rounds at 2^-12. What saturates (a sigmoid, a
+//                   tanh, either end of [-1, 1]) is exact there, where products leave no error.
 //   DeviceFastMath  for bf16 outputs: tanh.approx and kin. Its documented bound is 2^-11 of a
 //                   result, where bf16 rounds at 2^-9; in norm an H200 is within 5e-6.
 //
@@ -80,16 +81,27 @@ static __device__ __forceinline__ float OverOnePlus(float x, float e) {
   return x * fmaf(fmaf(-d, r, 1.0f), r, r);
 }
 
-// x / (1 + e) for e >= 0, without a special function: a first guess at the reciprocal from the bits
-// of d = 1 + e, then one cubic step, (s^2 + a s + b) guess with s = d guess, whose constants were
-// searched for. Error below 2^-14.3, and none at d = 1: a sigmoid stays within [0, 1]. From 2^127
-// on the guess is zero: x = -inf gives NaN and a finite x gives zero, as x / (1 + inf) would.
-static __device__ __forceinline__ float OverOnePlusMultiplied(float x, float e) {
-  constexpr uint32_t kMagic = 0x7ef36908;
-  const float d = Min(1.0f + e, __uint_as_float(kMagic));
-  const float guess = __uint_as_float(kMagic - __float_as_uint(d));
-  const float s = fmaf(d, guess, -1.50125f);  // of (s - 1.50125)^2 + 0.7487...
-  return x * guess * fmaf(s, s, 0.74875057f);
+// 1 / d for d >= 1 without a special function, as a product of two: a first guess from the bits of
+// d, and a cubic step (s^2 + a s + b) with s = d guess, whose constants were searched for. Error
+// below 2^-14.3, and none at 1 and 2. d ends at kGuessLimit, where the guess is zero.
+struct Reciprocal {
+  float guess, factor;
+};
+constexpr uint32_t kGuessLimit = 0x7ef36908;  // 2^126.9
+static __device__ __forceinline__ Reciprocal GuessRcp(float d) {
+  const float guess = __uint_as_float(kGuessLimit - __float_as_uint(d));
+  const float s = fmaf(d, guess, -1.50125f);
+  return {guess, fmaf(s, s, 0.74875057f)};
+}
+// The same after a step of Newton's. Error 2^-23, and 1 / d <= 1.
+static __device__ __forceinline__ float MultipliedRcp(float d) {
+  const Reciprocal rough = GuessRcp(d);
+  const float r = rough.guess * rough.factor;
+  return fmaf(r, fmaf(-d, r, 1.0f), r);
+}
+// 1 + e within GuessRcp's limit. There x = -inf gives NaN and a finite x zero, as x / inf would.
+static __device__ __forceinline__ float OnePlus(float e) {
+  return Min(1.0f + e, __uint_as_float(kGuessLimit));
 }
 
 // x Phi(x), given exp(-x^2 / 2) and exp(x^2 / 2) Phi(-|x|): x - x Phi(-x) on the right. Zeros and
@@ -231,23 +243,19 @@ struct DeviceHalfMath : DeviceMath {
     p = fmaf(x, p, -0.5f);
     return fabsf(x) < 0.0625f ? fmaf(x * x, p, x) : __logf(1.0f + x);
   }
-  // x N(x^2) / D(x^2), fitted on [-6, 6] with error 2^-17; beyond, tanh(6) = 1 - 2^-16.3.
+  // (1 - e) / (1 + e) with e = exp(-2 |x|). Error 2^-15.6, at |x| = 2^-7: below, x itself.
   static FXFUSE_HD float tanh(float x) {
-    const float a = device_math::Max(-6.0f, device_math::Min(x, 6.0f));
-    const float u = a * a;
-    const float n = fmaf(u, fmaf(u, 0.00151458f, 0.11483084f), 0.99999268f);
-    float d = fmaf(u, 5.62722946e-05f, 0.0176111956f);
-    d = fmaf(u, d, 0.448114076f);
-    d = fmaf(u, d, 1.0f);
-    return a * n * device_math::Rcp(d);
+    const float e = device_math::Ex2(-2.0f * device_math::kLog2E * fabsf(x));
+    const float far = (1.0f - e) * device_math::MultipliedRcp(1.0f + e);
+    return device_math::SelectBelow(x, 0.0078125f, x, copysignf(far, x));
   }
-  // tanh(x) for x in [-1, 1]. Error 2^-17.
+  // tanh(x) for x in [-1, 1]. Error 2^-16.9, none at the ends.
   static FXFUSE_HD float tanh_unit(float x) {
     const float u = x * x;
-    float p = fmaf(u, 0.00902948325f, -0.0448053528f);
-    p = fmaf(u, p, 0.130361546f);
-    p = fmaf(u, p, -0.332979557f);
-    return x * fmaf(u, p, 0.999993063f);
+    float p = fmaf(u, 0.00886015594f, -0.0445028916f);
+    p = fmaf(u, p, 0.130195692f);
+    p = fmaf(u, p, -0.332951128f);
+    return x * fmaf(u, p, 0.999992311f);
   }
   static FXFUSE_HD float tanhshrink(float x) {
     const float u = x * x;
@@ -261,7 +269,8 @@ struct DeviceHalfMath : DeviceMath {
   }
   static FXFUSE_HD float sigmoid(float x) { return times_sigmoid(1.0f, x); }
   static FXFUSE_HD float times_sigmoid(float x, float y) {
-    return device_math::OverOnePlusMultiplied(x, device_math::Ex2(-device_math::kLog2E * y));
+    const float e = device_math::Ex2(-device_math::kLog2E * y);
+    return x * device_math::MultipliedRcp(device_math::OnePlus(e));
   }
   static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
     const float e = device_math::Ex2(-device_math::kLog2E * fabsf(x));
@@ -276,14 +285,14 @@ struct DeviceHalfMath : DeviceMath {
     const float n = e * (e + 2.0f);
     return x * (n * device_math::Rcp(n + 2.0f));
   }
-  // x Phi(x). Error 2^-14.8 of the result, to where it is a subnormal fp32.
+  // x Phi(x). Error 2^-14.6 of the result, to where it is a subnormal fp32.
   static FXFUSE_HD float gelu(float x) { return device_math::GeluOf(x, Bell(x), Mills(x)); }
-  // gelu(x) for x in [-1, 1]. Error 2^-19.
+  // gelu(x) for x in [-1, 1]. Error 2^-19, none at the ends.
   static FXFUSE_HD float gelu_unit(float x) {
     const float u = x * x;
-    float p = fmaf(u, -0.000945883275f, 0.00978717704f);
-    p = fmaf(u, p, -0.0664340792f);
-    p = fmaf(u, p, 0.398937316f);
+    float p = fmaf(u, -0.000940374797f, 0.00977812149f);
+    p = fmaf(u, p, -0.0664297938f);
+    p = fmaf(u, p, 0.398936778f);
     return x * fmaf(x, p, 0.5f);
   }
   // Phi(x) + x phi(x)
@@ -313,6 +322,13 @@ struct DeviceHalfMath : DeviceMath {
 struct DeviceFastMath : DeviceHalfMath {
   static constexpr MathLevel kLevel = MathLevel::kFast;
   static FXFUSE_HD float tanh(float x) { return device_math::Tanh(x); }
+  // The first guess alone. Error 2^-14.
+  static FXFUSE_HD float sigmoid(float x) { return times_sigmoid(1.0f, x); }
+  static FXFUSE_HD float times_sigmoid(float x, float y) {
+    const float e = device_math::Ex2(-device_math::kLog2E * y);
+    const device_math::Reciprocal r = device_math::GuessRcp(device_math::OnePlus(e));
+    return x * r.guess * r.factor;
+  }
   // tanh(x) and gelu(x) for x in [-1, 1]. Errors 2^-13.5 and 2^-14.
   static FXFUSE_HD float tanh_unit(float x) {
     const float u = x * x;
