@@ -56,17 +56,23 @@ class Chain {
       codes = i == 7 ? more_codes_ : codes >> 4;
       const ChainStep& step = program_.chain[i];
       switch (code) {
-#define FXFUSE_CHAIN(name)       \
-  case ChainCode::name:          \
-    Each<Opcode::name>(step, v); \
+#define FXFUSE_CHAIN(name)            \
+  case ChainCode::name:               \
+    EachApply<Opcode::name>(step, v); \
     continue;
         FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
 #undef FXFUSE_CHAIN
+        case ChainCode::gelu_unit:
+          Each(v, [](float x) { return Math::gelu_unit(x); });
+          continue;
+        case ChainCode::tanh_unit:
+          Each(v, [](float x) { return Math::tanh_unit(x); });
+          continue;
         case ChainCode::add_constant:
-          Each<Opcode::add>(step, v);
+          EachApply<Opcode::add>(step, v);
           continue;
         case ChainCode::mul_constant:
-          Each<Opcode::mul>(step, v);
+          EachApply<Opcode::mul>(step, v);
           continue;
         case ChainCode::add_row:
           Combine<Opcode::add, false>(step, v);
@@ -151,12 +157,17 @@ class Chain {
     }
   }
 
+  template <class Function>
+  static __device__ __forceinline__ void Each(Values& v, const Function& function) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) v[j] = function(v[j]);
+  }
+
   // One op on every accumulator. Where it takes a second argument that is the constant p0.
   template <Opcode op>
-  static __device__ __forceinline__ void Each(const ChainStep& step, Values& v) {
+  static __device__ __forceinline__ void EachApply(const ChainStep& step, Values& v) {
     const float p0 = step.p0, p1 = step.p1;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) v[j] = Apply<Math, op>(v[j], p0, 0.0f, p0, p1);
+    Each(v, [&](float x) { return Apply<Math, op>(x, p0, 0.0f, p0, p1); });
   }
 
   // Combines with an operand, which has rows of its own if kFull, else the same for all rows.

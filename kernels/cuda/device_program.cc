@@ -1,5 +1,6 @@
 #include "device_program.h"
 
+#include <math.h>
 #include <string.h>
 
 #include <algorithm>
@@ -61,6 +62,53 @@ void FindVectorOperands(const fxfuse_problem& problem, DeviceProgram* device) {
   if (problem.has_bias) mark(kBiasOperand);
 }
 
+// What the steps so far leave, but for NaN.
+struct Interval {
+  float low = -INFINITY;
+  float high = INFINITY;
+
+  bool Within(float from, float to) const { return from <= low && high <= to; }
+};
+
+// The interval after a step; everything where it is not worth knowing.
+Interval After(ChainCode code, const ChainStep& step, Interval x) {
+  switch (code) {
+    case ChainCode::tanh:
+    case ChainCode::tanh_unit:
+      return {-1.0f, 1.0f};
+    case ChainCode::sigmoid:
+      return {0.0f, 1.0f};
+    case ChainCode::relu:
+      return {std::max(0.0f, x.low), std::max(0.0f, x.high)};
+    case ChainCode::clamp:  // a bound of NaN makes every result NaN
+      return {std::min(step.p1, std::max(step.p0, x.low)),
+              std::min(step.p1, std::max(step.p0, x.high))};
+    case ChainCode::gelu_unit:  // -0.17 and 0.8413, but for the error of a fit
+      return {-0.18f, 0.85f};
+    case ChainCode::gelu:
+    case ChainCode::gelu_tanh:
+    case ChainCode::silu:
+      return {-0.3f, 1.001f * std::max(0.0f, x.high)};
+    case ChainCode::mul_constant: {
+      const float ends[] = {x.low * step.p0, x.high * step.p0};
+      return {std::min(ends[0], ends[1]), std::max(ends[0], ends[1])};
+    }
+    case ChainCode::add_constant:
+      return {x.low + step.p0, x.high + step.p0};
+    default:
+      return {};
+  }
+}
+
+// The step at its cheapest for arguments in an interval; `end` where they are its results.
+ChainCode Cheapest(ChainCode code, const ChainStep& step, Interval x) {
+  if (code == ChainCode::clamp && x.Within(step.p0, step.p1)) return ChainCode::end;
+  if (!x.Within(-1.0f, 1.0f)) return code;
+  if (code == ChainCode::gelu) return ChainCode::gelu_unit;
+  if (code == ChainCode::tanh) return ChainCode::tanh_unit;
+  return code;
+}
+
 // The chain code of an op without a second argument, or of a second argument of kind `kind`.
 enum class ChainKind { kNone, kConstant, kRow, kFull };
 
@@ -72,6 +120,9 @@ bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
     return kind == ChainKind::kNone;
     FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
 #undef FXFUSE_CHAIN
+    case Opcode::copy:
+      *code = ChainCode::end;
+      return kind == ChainKind::kNone;
     case Opcode::add:
       *code = kind == ChainKind::kConstant ? ChainCode::add_constant
               : kind == ChainKind::kRow    ? ChainCode::add_row
@@ -87,7 +138,8 @@ bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
   }
 }
 
-// Fills `step` from an instruction; false where a chain has no such step.
+// Fills `step` from an instruction, with the code `end` where there is nothing to do; false where a
+// chain has no such step.
 bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instruction, int dtype,
                    ChainStep* step, ChainCode* code) {
   *step = {};
@@ -123,13 +175,19 @@ void TranslateChain(DeviceProgram* program) {
   const int output = program->instruction[count - 1].store;
   if (output < 0) return;
   const int dtype = program->output[output].dtype;
+  Interval interval;
+  int steps = 0;
   for (int i = 0; i < count; ++i) {
     const fxfuse_instruction& instruction = program->instruction[i];
     const bool last = i + 1 == count;
     if ((instruction.store >= 0) != last) return;
+    ChainStep& step = program->chain[steps];
     ChainCode code;
-    if (!TranslateStep(*program, instruction, dtype, &program->chain[i], &code)) return;
-    program->chain_codes |= static_cast<uint64_t>(code) << (4 * i);
+    if (!TranslateStep(*program, instruction, dtype, &step, &code)) return;
+    code = Cheapest(code, step, interval);
+    if (code == ChainCode::end) continue;
+    interval = After(code, step, interval);
+    program->chain_codes |= static_cast<uint64_t>(code) << (4 * steps++);
   }
   program->chain_output = output;
   if (program->output[output].vector) program->chain_count = count;

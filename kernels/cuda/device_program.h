@@ -44,20 +44,23 @@ constexpr int64_t kMaxRows = INT32_MAX - 1024;
 // operand in vectors of eight columns (see row_operands) or with a constant; when none is kept in a
 // slot; when the last alone stores, in such vectors; and when output and operands are of one dtype.
 // Chain runs chains of these ops, and Interpreter any program.
-#define FXFUSE_CHAIN_OPS(X) X(relu) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh) X(copy)
+#define FXFUSE_CHAIN_OPS(X) X(relu) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh)
 
 enum class ChainCode : uint8_t {
   end,
 #define FXFUSE_CHAIN(name) name,
   FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
 #undef FXFUSE_CHAIN
-      add_constant,
+      gelu_unit,  // of arguments that the steps before confine to [-1, 1]
+  tanh_unit,
+  add_constant,
   mul_constant,
   add_row,
   mul_row,
   add_full,
   mul_full
 };
+static_assert(static_cast<int>(ChainCode::mul_full) < 16, "four bits hold a code");
 
 struct ChainStep {
   float p0, p1;
@@ -81,7 +84,7 @@ struct DeviceProgram {
   fxfuse_instruction instruction[kMaxDeviceInstructions];
   DeviceOperand operand[FXFUSE_MAX_OPERANDS + 1];
   DeviceOutput output[FXFUSE_MAX_OUTPUTS];
-  int32_t chain_count;  // instructions of the program if it is a chain, else 0
+  int32_t chain_count;  // instructions of the program if it is a chain (with no more steps), else 0
   int32_t chain_output;
   uint64_t chain_codes;  // a ChainCode for each step in four bits, the first in the lowest
   ChainStep chain[kMaxChain];

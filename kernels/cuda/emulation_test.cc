@@ -244,7 +244,59 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
              [&](int64_t i, int64_t j) { return static_cast<float>(accumulator[i * stride + j]); });
 }
 
+struct Op {
+  Opcode opcode;
+  float p0 = 0, p1 = 0;
+  bool constant = false;  // p0 is a second argument
+};
+
+// The codes of the chain that these ops are, on 8 columns of bf16.
+void TestChain(const char* name, std::vector<Op> ops, std::vector<ChainCode> expected) {
+  fxfuse_problem problem = {};
+  problem.m = problem.n = 8;
+  problem.program.output_count = 1;
+  problem.program.output[0] = {8, FXFUSE_BF16, 0};
+  for (const Op& op : ops) {
+    std::vector<std::pair<int, int>> arguments = {{FXFUSE_FROM_PREVIOUS, 0}};
+    if (op.constant) arguments.push_back({FXFUSE_FROM_IMMEDIATE, 0});
+    const bool last = &op == &ops.back();
+    fxfuse_instruction& next = problem.program.instruction[problem.program.instruction_count++];
+    next = Instruction(op.opcode, arguments, last ? 0 : -1, -1, op.p0);
+    next.immediate[1] = op.p1;
+  }
+  void* const pointers[FXFUSE_PTR_COUNT] = {};
+  DeviceProgram program = {};
+  TranslateProgram(problem, pointers, &program);
+  uint64_t codes = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    codes |= static_cast<uint64_t>(expected[i]) << (4 * i);
+  }
+  const bool good = program.chain_count > 0 && program.chain_codes == codes;
+  failures += !good;
+  printf("%-6s chain of %s\n", good ? "ok" : "FAILED", name);
+}
+
+void TestChains() {
+  const Op clamp = {Opcode::clamp, -1.0f, 1.0f}, tanh = {Opcode::tanh}, gelu = {Opcode::gelu};
+  const Op twice = {Opcode::mul, 2.0f, 0.0f, true}, half = {Opcode::mul, -0.5f, 0.0f, true};
+  const Op one_more = {Opcode::add, 1.0f, 0.0f, true}, relu = {Opcode::relu};
+  using C = ChainCode;
+  TestChain("clamp, tanh, gelu", {clamp, tanh, gelu}, {C::clamp, C::tanh_unit, C::gelu_unit});
+  TestChain("gelu, tanh", {gelu, tanh}, {C::gelu, C::tanh});
+  TestChain("tanh, mul by 2, gelu", {tanh, twice, gelu}, {C::tanh, C::mul_constant, C::gelu});
+  TestChain("relu, clamp, mul by -1/2, add 1, gelu", {relu, clamp, half, one_more, gelu},
+            {C::relu, C::clamp, C::mul_constant, C::add_constant, C::gelu_unit});
+  TestChain("clamp to 2, gelu", {{Opcode::clamp, -1.0f, 2.0f}, gelu}, {C::clamp, C::gelu});
+  TestChain("clamp to NaN, gelu", {{Opcode::clamp, -1.0f, NAN}, gelu}, {C::clamp, C::gelu});
+  TestChain("copy, tanh, copy, silu", {{Opcode::copy}, tanh, {Opcode::copy}, {Opcode::silu}},
+            {C::tanh, C::silu});
+  TestChain("tanh, gelu, clamp", {tanh, gelu, clamp}, {C::tanh, C::gelu_unit});
+  TestChain("tanh, silu, clamp", {tanh, {Opcode::silu}, clamp}, {C::tanh, C::silu, C::clamp});
+  TestChain("copy", {{Opcode::copy}}, {});
+}
+
 void RunAll() {
+  TestChains();
   using Bf16 = __nv_bfloat16;
   using F16 = __half;
   TestPortable<Bf16, SkinnyTile, 8, Bf16>("skinny bf16", 7, 72, 200);

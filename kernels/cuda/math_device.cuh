@@ -1,12 +1,20 @@
 // The device math policies of pointwise.h.
 //
 //   DeviceMath      for fp32 outputs: the accuracy of CUDA's own single-precision functions.
-//   DeviceHalfMath  for fp16 outputs: errors near 2^-20, below fp16's rounding of 2^-12.
+//   DeviceHalfMath  for fp16 outputs and products of scaled planes: an activation's error is below
+//                   2^-14 of the result, where fp16 rounds at 2^-12. What saturates (a sigmoid, a
+//                   tanh, either end of [-1, 1]) is exact there, where products leave no error.
 //   DeviceFastMath  for bf16 outputs: tanh.approx and kin. Its documented bound is 2^-11 of a
 //                   result, where bf16 rounds at 2^-9; in norm an H200 is within 5e-6.
 //
-// Special functions are the budget of an epilogue (16 per cycle and SM): a sigmoid or a gelu is two
-// of them (ex2, rcp), a tanh two in the first two policies and one in the last.
+// Special functions are the budget of an epilogue: an SM has 16 a cycle, and 128 multiply-adds, so
+// one of them costs what eight other instructions do. A gelu is two (ex2, rcp); a sigmoid two in
+// the first policy and one in the others, whose reciprocal is made of multiply-adds; a tanh two in
+// the first and one in the others. What is known to lie in [-1, 1] (tanh_unit, gelu_unit) takes a
+// polynomial and none.
+//
+// Errors given here are of the formula in fp32, special functions at their documented bounds; those
+// of fits were found by a scan in double.
 
 #ifndef FXFUSE_CUDA_MATH_DEVICE_CUH_
 #define FXFUSE_CUDA_MATH_DEVICE_CUH_
@@ -21,7 +29,6 @@ namespace fxfuse {
 namespace device_math {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kSqrtHalf = 0.70710678118654752f;
 constexpr float kDensityAtZero = 0.39894228040143268f;  // of the normal distribution
 
 // One special-function operation each; subnormal results become zero.
@@ -52,12 +59,56 @@ static __device__ __forceinline__ float Max(float a, float b) {
   return y;
 }
 
+// |x| < limit ? below : other, both computed: the compiler would branch around one of them.
+static __device__ __forceinline__ float SelectBelow(float x, float limit, float below,
+                                                    float other) {
+  float y;
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.lt.f32 p, %1, %2;\n"
+      "selp.f32 %0, %3, %4, p;\n"
+      "}"
+      : "=f"(y)
+      : "f"(fabsf(x)), "f"(limit), "f"(below), "f"(other));
+  return y;
+}
+
 // x / (1 + e) for e >= 0, with a quotient at zero where e is above 2^126: then x = -inf gives NaN
 // and a finite x gives zero, as x / (1 + inf) would.
 static __device__ __forceinline__ float OverOnePlus(float x, float e) {
   const float d = 1.0f + Min(e, 1.7e38f);
   const float r = Rcp(d);
   return x * fmaf(fmaf(-d, r, 1.0f), r, r);
+}
+
+// 1 / d for d >= 1 without a special function, as a product of two: a first guess from the bits of
+// d, and a cubic step (s^2 + a s + b) with s = d guess, whose constants were searched for. Error
+// below 2^-14.3, and none at 1 and 2. d ends at kGuessLimit, where the guess is zero.
+struct Reciprocal {
+  float guess, factor;
+};
+constexpr uint32_t kGuessLimit = 0x7ef36908;  // 2^126.9
+static __device__ __forceinline__ Reciprocal GuessRcp(float d) {
+  const float guess = __uint_as_float(kGuessLimit - __float_as_uint(d));
+  const float s = fmaf(d, guess, -1.50125f);
+  return {guess, fmaf(s, s, 0.74875057f)};
+}
+// The same after a step of Newton's. Error 2^-23, and 1 / d <= 1.
+static __device__ __forceinline__ float MultipliedRcp(float d) {
+  const Reciprocal rough = GuessRcp(d);
+  const float r = rough.guess * rough.factor;
+  return fmaf(r, fmaf(-d, r, 1.0f), r);
+}
+// 1 + e within GuessRcp's limit. There x = -inf gives NaN and a finite x zero, as x / inf would.
+static __device__ __forceinline__ float OnePlus(float e) {
+  return Min(1.0f + e, __uint_as_float(kGuessLimit));
+}
+
+// x Phi(x), given exp(-x^2 / 2) and exp(x^2 / 2) Phi(-|x|): x - x Phi(-x) on the right. Zeros and
+// infinities come out as those of 0.5 x (1 + erf(x / sqrt 2)), NaN for -inf; so on the right alone
+// the tail's factor is finite.
+static __device__ __forceinline__ float GeluOf(float x, float bell, float mills) {
+  return fmaf(-fabsf(fminf(x, 100.0f)) * bell, mills, Max(x, -0.0f));
 }
 
 // sigmoid(x) and 1 - sigmoid(x), given the smaller and the larger of them.
@@ -121,8 +172,40 @@ struct DeviceMath {
     const float large = device_math::OverOnePlus(1.0f, e);
     return device_math::InOrder(x, e * large, large);
   }
+  // tanh(x) for x in [-1, 1]: fit error 2^-27, 1 ulp in all.
+  static FXFUSE_HD float tanh_unit(float x) {
+    const float u = x * x;
+    float p = fmaf(u, -0.000358010209f, 0.00229994082f);
+    p = fmaf(u, p, -0.00794432176f);
+    p = fmaf(u, p, 0.0214855638f);
+    p = fmaf(u, p, -0.0538794662f);
+    p = fmaf(u, p, 0.133323399f);
+    p = fmaf(u, p, -0.333332952f);
+    return fmaf(x, fmaf(u, p, 0.0f), x);  // a zero keeps its sign
+  }
+  // x Phi(x). Beyond 1.5, Phi(-a) = exp(-a^2 / 2) t poly(t), t = 1 / (1 + 0.51 a), a = |x|, fitted
+  // with error 2^-24 to 5.5, from where on 1 + erf is zero in fp32, and 2^-15 to 14. On the right
+  // all is within 2 ulp; on the left the rounding of x^2 grows, to 2^-19 of the result at -5.
   static FXFUSE_HD float gelu(float x) {
-    return 0.5f * x * (1.0f + erff(x * device_math::kSqrtHalf));
+    const float t = device_math::Rcp(fmaf(fabsf(x), 0.51f, 1.0f));
+    float p = fmaf(t, 0.129829115f, -0.311979083f);
+    p = fmaf(t, p, 0.147984508f);
+    p = fmaf(t, p, 0.126497496f);
+    p = fmaf(t, p, 0.206393758f);
+    p = fmaf(t, p, 0.203313255f);
+    const float bell = device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
+    return device_math::SelectBelow(x, 1.5f, gelu_unit(x), device_math::GeluOf(x, bell, t * p));
+  }
+  // gelu(x) for x in [-1, 1], and in fact in [-1.5, 1.5]: fit error 2^-27, 2 ulp in all.
+  static FXFUSE_HD float gelu_unit(float x) {
+    const float u = x * x;
+    float p = fmaf(u, 3.87111694e-07f, -8.53494624e-06f);
+    p = fmaf(u, p, 0.000113824083f);
+    p = fmaf(u, p, -0.00118574f);
+    p = fmaf(u, p, 0.00997272252f);
+    p = fmaf(u, p, -0.0664901772f);
+    p = fmaf(u, p, 0.398942265f);
+    return x * fmaf(x, p, 0.5f);
   }
   // Phi(x) + x phi(x), the normal distribution function and its density
   static FXFUSE_HD float gelu_slope(float x) {
@@ -160,13 +243,19 @@ struct DeviceHalfMath : DeviceMath {
     p = fmaf(x, p, -0.5f);
     return fabsf(x) < 0.0625f ? fmaf(x * x, p, x) : __logf(1.0f + x);
   }
+  // (1 - e) / (1 + e) with e = exp(-2 |x|). Error 2^-15.6, at |x| = 2^-7: below, x itself.
   static FXFUSE_HD float tanh(float x) {
+    const float e = device_math::Ex2(-2.0f * device_math::kLog2E * fabsf(x));
+    const float far = (1.0f - e) * device_math::MultipliedRcp(1.0f + e);
+    return device_math::SelectBelow(x, 0.0078125f, x, copysignf(far, x));
+  }
+  // tanh(x) for x in [-1, 1]. Error 2^-16.9, none at the ends.
+  static FXFUSE_HD float tanh_unit(float x) {
     const float u = x * x;
-    float p = fmaf(u, -0.053968253968253968f, 0.13333333333333333f);
-    p = fmaf(u, p, -0.33333333333333333f);
-    const float e = device_math::Ex2(2.0f * device_math::kLog2E * x);
-    const float far = fmaf(-2.0f, device_math::Rcp(1.0f + e), 1.0f);
-    return fabsf(x) < 0.25f ? fmaf(x * u, p, x) : far;
+    float p = fmaf(u, 0.00886015594f, -0.0445028916f);
+    p = fmaf(u, p, 0.130195692f);
+    p = fmaf(u, p, -0.332951128f);
+    return x * fmaf(u, p, 0.999992311f);
   }
   static FXFUSE_HD float tanhshrink(float x) {
     const float u = x * x;
@@ -178,10 +267,11 @@ struct DeviceHalfMath : DeviceMath {
     const float far = x - fmaf(-2.0f, device_math::Rcp(1.0f + e), 1.0f);
     return fabsf(x) < 0.3f ? -x * (u * p) : far;
   }
-  static FXFUSE_HD float sigmoid(float x) {
-    return device_math::Rcp(1.0f + device_math::Ex2(-device_math::kLog2E * x));
+  static FXFUSE_HD float sigmoid(float x) { return times_sigmoid(1.0f, x); }
+  static FXFUSE_HD float times_sigmoid(float x, float y) {
+    const float e = device_math::Ex2(-device_math::kLog2E * y);
+    return x * device_math::MultipliedRcp(device_math::OnePlus(e));
   }
-  static FXFUSE_HD float times_sigmoid(float x, float y) { return x * sigmoid(y); }
   static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
     const float e = device_math::Ex2(-device_math::kLog2E * fabsf(x));
     const float large = device_math::Rcp(1.0f + e);
@@ -195,30 +285,34 @@ struct DeviceHalfMath : DeviceMath {
     const float n = e * (e + 2.0f);
     return x * (n * device_math::Rcp(n + 2.0f));
   }
-  // x Phi(x)
-  static FXFUSE_HD float gelu(float x) {
-    const float tail = NormalTail(x, Bell(x));
-    return x > 0.0f ? x - fminf(x, 100.0f) * tail : x * tail;
+  // x Phi(x). Error 2^-14.6 of the result, to where it is a subnormal fp32.
+  static FXFUSE_HD float gelu(float x) { return device_math::GeluOf(x, Bell(x), Mills(x)); }
+  // gelu(x) for x in [-1, 1]. Error 2^-19, none at the ends.
+  static FXFUSE_HD float gelu_unit(float x) {
+    const float u = x * x;
+    float p = fmaf(u, -0.000940374797f, 0.00977812149f);
+    p = fmaf(u, p, -0.0664297938f);
+    p = fmaf(u, p, 0.398936778f);
+    return x * fmaf(x, p, 0.5f);
   }
   // Phi(x) + x phi(x)
   static FXFUSE_HD float gelu_slope(float x) {
     const float bell = Bell(x);
-    const float tail = NormalTail(x, bell);
+    const float tail = Mills(x) * bell;
     return fmaf(x, device_math::kDensityAtZero * bell, x > 0.0f ? 1.0f - tail : tail);
   }
 
   static FXFUSE_HD float Bell(float x) {  // exp(-x^2 / 2)
     return device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
   }
-  // Phi(-|x|) = t poly(t) exp(-x^2 / 2) / 2 with t = 1 / (1 + 0.3275911 |x| / sqrt 2) (Abramowitz
-  // and Stegun, 7.1.26: error of the product below 1.5e-7 exp(-x^2 / 2) or so).
-  static FXFUSE_HD float NormalTail(float x, float bell) {
-    const float t = device_math::Rcp(fmaf(fabsf(x), 0.23164189f, 1.0f));
-    float p = fmaf(t, 0.530702715f, -0.726576013f);
-    p = fmaf(t, p, 0.710706871f);
-    p = fmaf(t, p, -0.142248368f);
-    p = fmaf(t, p, 0.127414796f);
-    return p * t * bell;
+  // exp(x^2 / 2) Phi(-|x|) = t poly(t) with t = 1 / (1 + 0.37 |x|): the form of Abramowitz and
+  // Stegun, 7.1.26, fitted for its relative error on [0, 13].
+  static FXFUSE_HD float Mills(float x) {
+    const float t = device_math::Rcp(fmaf(fabsf(x), 0.37f, 1.0f));
+    float p = fmaf(t, -0.0903520921f, 0.209933119f);
+    p = fmaf(t, p, 0.0761383235f);
+    p = fmaf(t, p, 0.157376596f);
+    return t * fmaf(t, p, 0.146919648f);
   }
 };
 
@@ -228,6 +322,24 @@ struct DeviceHalfMath : DeviceMath {
 struct DeviceFastMath : DeviceHalfMath {
   static constexpr MathLevel kLevel = MathLevel::kFast;
   static FXFUSE_HD float tanh(float x) { return device_math::Tanh(x); }
+  // The first guess alone. Error 2^-14.
+  static FXFUSE_HD float sigmoid(float x) { return times_sigmoid(1.0f, x); }
+  static FXFUSE_HD float times_sigmoid(float x, float y) {
+    const float e = device_math::Ex2(-device_math::kLog2E * y);
+    const device_math::Reciprocal r = device_math::GuessRcp(device_math::OnePlus(e));
+    return x * r.guess * r.factor;
+  }
+  // tanh(x) and gelu(x) for x in [-1, 1]. Errors 2^-13.5 and 2^-14.
+  static FXFUSE_HD float tanh_unit(float x) {
+    const float u = x * x;
+    const float p = fmaf(u, fmaf(u, -0.02661347f, 0.11887723f), -0.330648215f);
+    return x * fmaf(u, p, 0.99991832f);
+  }
+  static FXFUSE_HD float gelu_unit(float x) {
+    const float u = x * x;
+    const float p = fmaf(u, fmaf(u, 0.00801769997f, -0.0654545595f), 0.398790689f);
+    return x * fmaf(x, p, 0.5f);
+  }
   // erf(z) = tanh(z q(z^2)): q fitted to atanh(erf(z)) / z on [0, 3] with error below 2^-14 in
   // erf; beyond, the tanh saturates.
   static FXFUSE_HD float erf(float z) {
