@@ -34,6 +34,7 @@ from .routes import (
     gemm_of,
     pointwise_problem,
     pointwise_run,
+    reference_run,
     rows_and_columns,
     tf32_allowed,
 )
@@ -76,6 +77,8 @@ def _pointwise_recipe(
     call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
 ) -> Recipe:
     """torch's product, where there is one, and the program over it."""
+    if call.weight is not None and not call.program.instructions:
+        return Recipe("cublas", None, reference_run(call))
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import frozen
 from .errors import InputError
-from .fused import fused_linear
+from .fused import fused_linear, unfused_linear
 from .module import FROZEN, REPORT, FusedModule, find_places, mark_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +29,7 @@ class Weights:
 
 
 def freeze(module: M) -> M:
-    """Promise that the weights of the fused Linears in `module` stay as they are; returns it.
+    """Promise that the weights of the Linears in `module` stay as they are; returns it.
 
     Where a kernel reads a weight in another form than it is stored in, that form is then made at
     the first call and kept, and not made at every call. Kernels that read the weight as it is run
@@ -90,7 +90,7 @@ def memory(module: nn.Module) -> int:
 
 
 def count_weights(module: nn.Module) -> Weights:
-    """The weights of the fused Linears in `module`; one that is shared counts once."""
+    """The weights of the Linears in `module`; one that is shared counts once."""
     distinct = {id(weight): weight for _, weight in _weights(_fused(module))}.values()
     marked = [weight for weight in distinct if frozen.is_marked(weight)]
     return Weights(len(distinct), len(marked), sum(map(frozen.kept_bytes, marked)))
@@ -123,7 +123,7 @@ def _weight_paths(part: Any) -> list[str]:
     weights = [
         node.args[1]
         for node in part.graph.nodes
-        if node.op == "call_function" and node.target is fused_linear
+        if node.op == "call_function" and node.target in (fused_linear, unfused_linear)
     ]
     return list(dict.fromkeys(str(w.target) for w in weights if w.op == "get_attr"))
 

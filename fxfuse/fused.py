@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import recipes, reference, torch_ops
 from .infer import infer
-from .program import Arg, Operand, Program, Value, parse
+from .program import BARE, Arg, Operand, Program, Value, parse
 from .recipes import Static, View, note, routes_taken
 from .routes import forced_route
 
@@ -82,6 +82,23 @@ def fused_pointwise(
 ) -> Any:
     """`program(x, operands)` over x [..., N]; otherwise as `fused_linear`."""
     return _call(x, None, None, operands, Static(program, False, dropout, views, site))
+
+
+def unfused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool = False,
+    site: str = "",
+) -> torch.Tensor:
+    """`x @ weight^T + bias`: a Linear that nothing is fused with. Arguments as of `fused_linear`.
+
+    fp32 on CUDA is served as a fused call is, for our products of fp32 are faster than cuBLAS's;
+    everything else is torch's own op.
+    """
+    if _compiling() or type(x) not in _PLAIN or not x.is_cuda or x.dtype != torch.float32:
+        return reference.linear(x, weight, bias, transposed)
+    return _call(x, weight, bias, (), Static(BARE, transposed, (), (), site))
 
 
 def _call(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
@@ -276,4 +293,11 @@ def _splits(text: str, dropout: tuple[bool, ...]) -> tuple[int, str, bool, tuple
     return cut, str(head), any(i.op not in _FREE_OPS for i in before), carried
 
 
-__all__ = ["OBSERVERS", "forced_route", "fused_linear", "fused_pointwise", "routes_taken"]
+__all__ = [
+    "OBSERVERS",
+    "forced_route",
+    "fused_linear",
+    "fused_pointwise",
+    "routes_taken",
+    "unfused_linear",
+]

@@ -29,10 +29,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class RegionPlan:
-    """What will be fused in a region, in graph order, and what will not."""
+    """What will be fused in a region, in graph order, and what will not.
+
+    alone: products that nothing can be fused with, but that our kernels may run all the same. Each
+    has its refusal, too.
+    """
 
     region: Region
     groups: tuple[FusionGroup, ...]
+    alone: tuple[LinearCall, ...]
     refusals: tuple[Refusal, ...]
 
 
@@ -49,6 +54,7 @@ def plan_region(region: Region) -> RegionPlan:
         if (found := read_anchor(node, graph.modules, graph.tensors)) is not None
     }
     groups: list[FusionGroup] = []
+    alone: list[LinearCall] = []
     refusals: list[Refusal] = []
     for node, found in reversed(anchors.items()):
         if isinstance(found, NormCall) and not _follows_linear(node, anchors, graph):
@@ -57,13 +63,17 @@ def plan_region(region: Region) -> RegionPlan:
         if isinstance(match, NoMatch):
             if not isinstance(found, NormCall):
                 refusals.append(_refusal(region, match))
+            if isinstance(found, LinearCall) and found.extra is None:
+                alone.append(found)
         elif isinstance(found, LinearCall) or match.ops_before > 1:
             groups.append(match)
             graph.claims.update(dict.fromkeys(match.nodes, match))
             if isinstance(found, NormCall):
                 # The norm itself stays where it is; only what follows is replaced.
                 del graph.claims[node]
-    return RegionPlan(region, tuple(reversed(groups)), tuple(reversed(refusals)))
+    return RegionPlan(
+        region, tuple(reversed(groups)), tuple(reversed(alone)), tuple(reversed(refusals))
+    )
 
 
 def _describe(region: Region) -> Graph:

@@ -39,6 +39,7 @@ class Operand:
 
 Arg = Value | Operand | float
 ACC = Value(0)
+BARE = "store acc"  # the program of a product that nothing follows
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def _describe(plan: RegionPlan, index: int) -> GroupReport:
     if isinstance(group.anchor, LinearCall):
         weight = _held(root, group.anchor.weight)
         columns = None if weight is None else weight.shape[1 if group.anchor.transposed else 0]
-    site = site_of(plan, group)
+    site = site_of(plan, group.anchor)
     return GroupReport(
         site=site,
         anchor=site.partition(" (")[0],
@@ -386,7 +386,7 @@ def _megabytes(count: int) -> str:
 def _weights_line(weights: Weights) -> str:
     if not weights.total:
         return ""
-    text = f"Weights of the fused groups: {weights.total}, "
+    text = f"Weights of the Linears: {weights.total}, "
     if not weights.frozen:
         return text + "not frozen"
     if weights.frozen < weights.total:

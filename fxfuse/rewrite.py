@@ -1,4 +1,5 @@
-"""Carry out a plan: replace each group's nodes by one fused call."""
+"""Carry out a plan: replace each group's nodes by one fused call, and products that stay alone by
+calls that may run on our kernels."""
 
 from __future__ import annotations
 
@@ -9,29 +10,32 @@ from typing import Any
 
 from torch import fx
 
-from .anchors import LinearCall, TensorSource, transposed_inner
-from .fused import fused_linear, fused_pointwise
+from .anchors import LinearCall, NormCall, TensorSource, transposed_inner
+from .fused import fused_linear, fused_pointwise, unfused_linear
 from .match import FusionGroup
 from .patterns import Attribute
 from .plan import RegionPlan, anchor_name
 
 
-def site_of(plan: RegionPlan, group: FusionGroup) -> str:
+def site_of(plan: RegionPlan, anchor: LinearCall | NormCall) -> str:
     """How a fused call names itself in messages and in the report: `fc1 (model.py:12)`."""
-    node = group.anchor.node
+    node = anchor.node
     source = node.meta.get("source")
     name = anchor_name(plan.region, node)
     return f"{name} ({source})" if source else name
 
 
 def rewrite_region(plan: RegionPlan) -> fx.Graph:
-    """The region's graph with its groups replaced, in place. Parameters stay where they are."""
+    """The region's graph with its groups and lone products replaced, in place. Parameters stay
+    where they are."""
     graph = plan.region.graph
     renamed: dict[fx.Node, fx.Node] = {}
     # By place, a group comes after those it reads and is inserted behind them.
     groups = sorted(plan.groups, key=lambda group: group.place)
     for group, point in zip(groups, _insertion_points(graph, groups), strict=True):
-        _replace(graph, group, point, site_of(plan, group), renamed)
+        _replace(graph, group, point, site_of(plan, group.anchor), renamed)
+    for anchor in plan.alone:
+        _replace_product(graph, anchor, site_of(plan, anchor), renamed)
     graph.lint()
     return graph
 
@@ -69,6 +73,31 @@ def _replace(
     _erase_unused(graph, feeds)
 
 
+def _replace_product(
+    graph: fx.Graph, anchor: LinearCall, site: str, renamed: dict[fx.Node, fx.Node]
+) -> None:
+    """Put a call of `unfused_linear` in the place of a Linear that nothing was fused with."""
+    node = anchor.node
+    with graph.inserting_before(node):
+        weight = _source(graph, anchor.weight, renamed)
+        bias = None if anchor.bias is None else _source(graph, anchor.bias, renamed)
+        args = (_source(graph, anchor.x, renamed), weight, bias, anchor.transposed)
+        call = graph.call_function(unfused_linear, args, {"site": site})
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    renamed[node] = call
+    feeds = set(node.all_input_nodes)
+    graph.erase_node(node)
+    _erase_unused(graph, feeds)
+
+
+def _source(graph: fx.Graph, source: TensorSource, renamed: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The node that has a tensor in the graph as it is now."""
+    if isinstance(source, Attribute):
+        return graph.get_attr(source.path)
+    return renamed.get(source, source)
+
+
 def _replaced(group: FusionGroup) -> set[fx.Node]:
     """The nodes a group's call stands for; a norm stays and is its input."""
     nodes = set(group.nodes)
@@ -94,9 +123,7 @@ def _call(
     graph: fx.Graph, group: FusionGroup, site: str, renamed: dict[fx.Node, fx.Node]
 ) -> fx.Node:
     def tensor(source: TensorSource) -> fx.Node:
-        if isinstance(source, Attribute):
-            return graph.get_attr(source.path)
-        return renamed.get(source, source)
+        return _source(graph, source, renamed)
 
     def size(n: Any) -> Any:
         return renamed.get(n, n) if isinstance(n, fx.Node) else n

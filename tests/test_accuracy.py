@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hopper import TILES, run_tile
+from helpers_gemm import TILES, run_tile
 
 from fxfuse.fused import forced_route, fused_linear, fused_pointwise
 
