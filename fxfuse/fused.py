@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import recipes, reference, torch_ops
+from . import autograd, recipes, reference, torch_ops
 from .infer import infer
 from .program import Arg, Operand, Program, Value, parse
-from .recipes import Static, View, note, routes_taken
+from .recipes import Static, View, backwards_taken, note, routes_taken
 from .routes import forced_route
 
 _PLAIN = frozenset(
@@ -129,7 +129,7 @@ def _plain(
         or (bias is not None and bias.requires_grad)
         or any(operand.requires_grad for operand in operands)
     ):
-        return torch_ops.differentiable(x, weight, bias, operands, static)
+        return autograd.differentiable(x, weight, bias, operands, static)
     return recipes.run(x, weight, bias, operands, static)
 
 
@@ -218,7 +218,7 @@ def _observe(
 def _record(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
     """Under a symbolic trace the call is one node, as it was."""
     proxy = next(t for t in (x, weight, bias, *operands) if isinstance(t, torch.fx.Proxy))
-    program, transposed, dropout, views, site = static
+    program, transposed, dropout, views, site, _ = static
     kwargs = {"dropout": dropout, "views": views, "site": site}
     if weight is None:
         target: Any = fused_pointwise
@@ -276,4 +276,11 @@ def _splits(text: str, dropout: tuple[bool, ...]) -> tuple[int, str, bool, tuple
     return cut, str(head), any(i.op not in _FREE_OPS for i in before), carried
 
 
-__all__ = ["OBSERVERS", "forced_route", "fused_linear", "fused_pointwise", "routes_taken"]
+__all__ = [
+    "OBSERVERS",
+    "backwards_taken",
+    "forced_route",
+    "fused_linear",
+    "fused_pointwise",
+    "routes_taken",
+]
