@@ -190,7 +190,8 @@ def _asked(
     if needs[0] or needs[1]:
         yield ACC, Reduction.NONE, result.acc_dtype
     if needs[2]:
-        yield ACC, Reduction.ROWS, torch.float32
+        assert call.bias is not None
+        yield ACC, Reduction.ROWS, call.bias.dtype
     against = operand_shapes(call.program, result.acc_shape, call.views)
     for variable in wrt:
         if not isinstance(variable, Operand):
@@ -206,7 +207,7 @@ def _asked(
             # Summed by torch, and until then as wide as torch has it.
             yield variable, Reduction.NONE, torch.promote_types(operand.dtype, result.acc_dtype)
         else:
-            yield variable, over, torch.float32
+            yield variable, over, operand.dtype
 
 
 # What to run -------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,6 @@ from .library import (
 from .program import ACC
 from .vjp import Reduction
 
-T = TypeVar("T")
 Run = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", Tensors], list]
 
 Fixes = Sequence[tuple[int, "tuple[int, ...] | None"]]
@@ -254,34 +252,48 @@ def pointwise_problem(
     """The problem of running a call's program over a matrix: torch's product, or x itself."""
     rows, columns = rows_and_columns(result.acc_shape)
     stride = columns if call.weight is not None else flatten_rows(call.x)[1]
-    program, dtypes, held = call.program, list(result.dtypes), product_output(call, result)
-    if held is not None:
-        program = replace(program, outputs=_without(program.outputs, held))
-        del dtypes[held]
+    held = product_output(call, result)
+    kept = [i for i in range(len(result.dtypes)) if i != held]
     return lib.problem(
-        program, rows, columns, result.acc_dtype, stride, layouts, dtypes, route=route
+        replace(call.program, outputs=tuple(call.program.outputs[i] for i in kept)),
+        rows,
+        columns,
+        result.acc_dtype,
+        stride,
+        layouts,
+        [result.dtypes[i] for i in kept],
+        route=route,
+        reductions=[result.reductions[i] for i in kept],
     )
-
-
-def _without(values: tuple[T, ...], index: int) -> tuple[T, ...]:
-    return values[:index] + values[index + 1 :]
 
 
 def pointwise_run(
     call: Call,
     result: Result,
     fixes: Fixes,
+    lib: Library,
+    problem: ProblemStruct,
     launch: Callable[[ctypes.Array], None],
 ) -> Run:
     """Run the product by torch, then the program over it by `launch(pointers)`.
 
-    Where the call has a product its memory is one of the outputs, so nothing else is allocated.
+    problem: what `launch` runs. Where the call has a product its memory is one of the outputs, so
+    nothing else is allocated.
     """
     transposed, held = call.transposed, product_output(call, result)
     reused = in_place_output(result) if call.weight is not None and held is None else None
-    stored = [(i, dtype) for i, dtype in enumerate(result.dtypes) if i != held]
-    reshaped = {i: shape for i, shape in enumerate(result.shapes) if shape != result.acc_shape}
-    sums = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
+    reductions = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
+    p, q = lib.partials(problem) if reductions else (0, 0)
+    m, n = rows_and_columns(result.acc_shape)
+    parts = {Reduction.ROWS: (p, n), Reduction.COLUMNS: (m, q), Reduction.ALL: (p, q)}
+    shapes = [parts.get(r, result.acc_shape) for r in result.reductions]
+    dtypes = [torch.float32 if i in reductions else d for i, d in enumerate(result.dtypes)]
+    stored = [(i, shapes[i], dtypes[i]) for i in range(len(dtypes)) if i != held]
+    reshaped = {
+        i: shape
+        for i, shape in enumerate(result.shapes)
+        if shape != result.acc_shape and result.reductions[i] is Reduction.NONE
+    }
     copies = call.weight is None and flatten_rows(call.x)[0]
 
     def run(
@@ -299,8 +311,8 @@ def pointwise_run(
         for index, operand in enumerate(operands):
             pointers[POINTER_OPERAND + index] = operand.data_ptr()
         outputs = []
-        for place, (index, dtype) in enumerate(stored):
-            out = acc if index == reused else acc.new_empty(result.acc_shape, dtype=dtype)
+        for place, (index, shape, dtype) in enumerate(stored):
+            out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
             pointers[POINTER_OUTPUT + place] = out.data_ptr()
             outputs.append(out)
         launch(pointers)
@@ -308,8 +320,9 @@ def pointwise_run(
             outputs.insert(held, acc)
         for index, shape in reshaped.items():
             outputs[index] = outputs[index].view(shape)
-        for index, reduction in sums.items():
-            outputs[index] = reduced(outputs[index], reduction)
+        for index, reduction in reductions.items():
+            total = reduced(outputs[index], reduction)
+            outputs[index] = total.to(result.dtypes[index])
         return outputs
 
     return run
@@ -330,7 +343,7 @@ def _cpu_recipe(
         if status:
             lib.check(status, f"fxfuse_cpu_run for {' -> '.join(call.program.chain)}")
 
-    return Recipe("cpu", None, pointwise_run(call, result, fixes, launch))
+    return Recipe("cpu", None, pointwise_run(call, result, fixes, lib, problem, launch))
 
 
 def tf32_allowed() -> bool:

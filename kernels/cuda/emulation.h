@@ -161,6 +161,16 @@ inline void __syncwarp() {
   fxfuse::emulation::Meet(fxfuse::emulation::warp_barriers[fxfuse::emulation::current / 32], 32);
 }
 
+inline float __shfl_xor_sync(uint32_t, float value, uint32_t other) {
+  static float all[32][32];  // [warp][lane]
+  const int warp = fxfuse::emulation::current / 32, lane = fxfuse::emulation::current % 32;
+  all[warp][lane] = value;
+  __syncwarp();
+  const float result = all[warp][lane ^ other];
+  __syncwarp();
+  return result;
+}
+
 #define FXFUSE_CUDA_PTX_CUH_  // in place of ptx.cuh:
 namespace fxfuse {
 
