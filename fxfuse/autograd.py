@@ -22,7 +22,7 @@ from .infer import Tensors
 from .program import ACC, Operand
 from .recipes import Static
 from .routes import reduced
-from .torch_ops import VIEW_TRACKING, by_reference
+from .torch_ops import VIEW_TRACKING, any_autocast, by_reference
 from .vjp import Incoming, Reduction, Source, Stored, Variable
 
 Given = dict[Saved | Incoming, torch.Tensor]
@@ -94,21 +94,20 @@ class _Fused(torch.autograd.Function):
             return (None,) * (1 + len(made.needs))
         given |= {Incoming(i): g for i, g in enumerate(grads) if g is not None}
         done = work(made, incoming)
-        some = next(iter(given.values()))
+        if not any_autocast():
+            return None, *_gradients(made, done, given, ctx.shapes, ctx.dtypes)
         # Autocast around `backward` is none of the forward's, which ran without.
+        some = next(iter(given.values()))
         with torch.autocast(some.device.type, enabled=False):
-            found = _gradients(made, done, given, ctx.shapes)
-            return (
-                None,
-                *(
-                    g if g is None else g.to(dtype)
-                    for g, dtype in zip(found, ctx.dtypes, strict=True)
-                ),
-            )
+            return None, *_gradients(made, done, given, ctx.shapes, ctx.dtypes)
 
 
 def _gradients(
-    made: Plan, done: Work, given: Given, shapes: Sequence[torch.Size | None]
+    made: Plan,
+    done: Work,
+    given: Given,
+    shapes: Sequence[torch.Size | None],
+    dtypes: Sequence[torch.dtype | None],
 ) -> list[torch.Tensor | None]:
     """The gradients of x, weight, bias and each operand; None where none is needed or comes."""
     again = torch.is_grad_enabled()
@@ -134,7 +133,7 @@ def _gradients(
         shape = operands[variable.index] if isinstance(variable, Operand) else None
         if shape is not None:
             found[3 + variable.index] = whole(variable, over, shape)
-    return found
+    return [g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
 
 
 def _sum_to(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:

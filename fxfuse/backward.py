@@ -109,12 +109,17 @@ def plan(
         recipes.note(static, "reference", str(error))
         recipes.note_backward(static, f"reference: {error}")
         return None
+    refusal = choice.backward.refusal
+    if refusal is not None and weight is None:
+        # Torch's backward of its own ops computes nothing again, which ours would, op by op.
+        recipes.note(static, "reference", refusal)
+        recipes.note_backward(static, f"reference: {refusal}")
+        return None
     forward = static
     if choice.kept:
         wide = replace(call, program=storing(call.program, choice.kept))
         forward, recipe = static._replace(program=str(wide.program)), routes.prepare(wide)
     recipes.note(static, recipe.route, recipe.reason)
-    refusal = choice.backward.refusal
     words = in_words(call.program, choice) if refusal is None else f"reference: {refusal}"
     recipes.note_backward(static, words)
     program = storing(flat.program, choice.kept)

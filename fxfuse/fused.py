@@ -44,9 +44,7 @@ _dispatch_modes = getattr(_C, "_len_torch_dispatch_stack", _never)
 _function_modes = getattr(_C, "_len_torch_function_stack", _never)
 _transforms = getattr(_C, "_are_functorch_transforms_active", _never)
 _tracing = getattr(_C, "_get_tracing_state", _never)
-_autocast = getattr(_C, "_is_any_autocast_enabled", None) or (
-    lambda: torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
-)
+_autocast = torch_ops.any_autocast
 _forward_ad = torch.autograd.forward_ad
 
 

@@ -17,6 +17,9 @@ from .infer import checked_outputs
 from .program import Program, parse
 from .recipes import Static, View
 
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", None) or (
+    lambda: torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
+)
 _lib = torch.library.Library("fxfuse", "DEF")
 _lib.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] operands, str program, "

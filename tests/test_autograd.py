@@ -555,6 +555,24 @@ def test_backward_after_a_gradient_penalty(device: str) -> None:
     close(*grads, tolerance=1e-4)
 
 
+def test_physics_informed_network_trains_as_in_eager_where_compile_refuses(device: str) -> None:
+    pinn = cli.load_file(ROOT / "examples" / "training" / "pinn.py")
+    curves = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = pinn.Model(2, 32).to(device)
+        field = fxfuse.optimize(model) if fuse else model
+        curves.append(pinn.train(field, list(model.parameters()), 256, 60))
+    assert len(fxfuse.report(field).groups) == pinn.LAYERS
+    assert all(g.backward == ("keeps z",) for g in fxfuse.report(field).groups)
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        pinn.train(compiled, list(model.parameters()), 256, 1)
+
+
 # Modes and transforms ----------------------------------------------------------------------------
 
 
