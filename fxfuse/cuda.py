@@ -82,7 +82,7 @@ def _pointwise_recipe(
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"
-    return Recipe(route, None, pointwise_run(call, result, fixes, launch))
+    return Recipe(route, None, pointwise_run(call, result, fixes, lib, problem, launch))
 
 
 def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import recipes, reference, torch_ops
+from . import autograd, recipes, reference, torch_ops
 from .infer import infer
 from .program import BARE, Arg, Operand, Program, Value, parse
-from .recipes import Static, View, note, routes_taken
+from .recipes import Static, View, backwards_taken, note, routes_taken
 from .routes import forced_route
 
 _PLAIN = frozenset(
@@ -44,9 +44,7 @@ _dispatch_modes = getattr(_C, "_len_torch_dispatch_stack", _never)
 _function_modes = getattr(_C, "_len_torch_function_stack", _never)
 _transforms = getattr(_C, "_are_functorch_transforms_active", _never)
 _tracing = getattr(_C, "_get_tracing_state", _never)
-_autocast = getattr(_C, "_is_any_autocast_enabled", None) or (
-    lambda: torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
-)
+_autocast = torch_ops.any_autocast
 _forward_ad = torch.autograd.forward_ad
 
 
@@ -146,7 +144,7 @@ def _plain(
         or (bias is not None and bias.requires_grad)
         or any(operand.requires_grad for operand in operands)
     ):
-        return torch_ops.differentiable(x, weight, bias, operands, static)
+        return autograd.differentiable(x, weight, bias, operands, static)
     return recipes.run(x, weight, bias, operands, static)
 
 
@@ -235,7 +233,7 @@ def _observe(
 def _record(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
     """Under a symbolic trace the call is one node, as it was."""
     proxy = next(t for t in (x, weight, bias, *operands) if isinstance(t, torch.fx.Proxy))
-    program, transposed, dropout, views, site = static
+    program, transposed, dropout, views, site, _ = static
     kwargs = {"dropout": dropout, "views": views, "site": site}
     if weight is None:
         target: Any = fused_pointwise
@@ -295,6 +293,7 @@ def _splits(text: str, dropout: tuple[bool, ...]) -> tuple[int, str, bool, tuple
 
 __all__ = [
     "OBSERVERS",
+    "backwards_taken",
     "forced_route",
     "fused_linear",
     "fused_pointwise",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,14 +18,27 @@ from . import reference
 from .errors import OperandShapeError
 from .layout import resolve_view
 from .program import Instruction, Operand, Program, Value
+from .vjp import Reduction
 
 Tensors = Sequence[torch.Tensor]
 Described = tuple[Sequence[int], torch.dtype]
 
 
+class Store(NamedTuple):
+    """How an output is left: in which dtype, and whether summed before, in fp32: to [N] over all
+    rows, to [M] over all columns or to a single element."""
+
+    reduction: Reduction
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class Call:
-    """A fused call as its caller describes it. Without weight, x itself is the accumulator."""
+    """A fused call as its caller describes it. Without weight, x itself is the accumulator.
+
+    stores: one for each output, none where outputs are what torch's own ops make of them. With
+    stores an output covers the whole accumulator, whatever it is computed from.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor | None
@@ -34,16 +48,19 @@ class Call:
     transposed: bool
     views: tuple[tuple[int, ...], ...]
     site: str
+    stores: tuple[Store, ...] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a call returns: shape of the accumulator, and shape and dtype of each output."""
+    """What a call returns: shape of the accumulator, and shape and dtype of each output, before it
+    is summed where its reduction says so."""
 
     acc_shape: tuple[int, ...]
     acc_dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    reductions: tuple[Reduction, ...] = ()
 
 
 def infer(call: Call) -> Result:
@@ -72,10 +89,20 @@ def infer(call: Call) -> Result:
     dtypes = _result_dtypes(
         call.program,
         (min(len(acc_shape), 2), acc_dtype),
-        tuple((min(o.dim(), 1), o.dtype) for o in call.operands),
+        tuple((min(o.dim(), 2), o.dtype) for o in call.operands),
     )
     outputs = tuple(shapes[v.index] for v in call.program.outputs)
-    return Result(acc_shape, acc_dtype, outputs, dtypes)
+    plain = (Reduction.NONE,) * len(outputs)
+    result = Result(acc_shape, acc_dtype, outputs, dtypes, plain)
+    return _stored(result, call) if call.stores else result
+
+
+def _stored(result: Result, call: Call) -> Result:
+    """What a call with `stores` returns."""
+    if not call.views:
+        result = replace(result, shapes=(result.acc_shape,) * len(call.stores))
+    reductions, dtypes = zip(*call.stores, strict=True)
+    return replace(result, dtypes=dtypes, reductions=reductions)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,7 +122,7 @@ def _product(
 def _result_dtypes(
     program: Program, acc: tuple[int, torch.dtype], operands: tuple[tuple[int, torch.dtype], ...]
 ) -> tuple[torch.dtype, ...]:
-    """The dtypes of the outputs; acc, operands: rank (0, 1 or more) and dtype, all that decides."""
+    """The dtypes of the outputs; acc, operands: rank (at most 2) and dtype, all that decides."""
 
     def meta(rank: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((1,) * rank, dtype=dtype, device="meta")

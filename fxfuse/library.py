@@ -22,9 +22,11 @@ from .errors import KernelError, LibraryError
 from .lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, lower
 from .ops import KERNEL_OPS, OPS
 from .program import Program
+from .vjp import Reduction
 
 ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+SUMS = {Reduction.NONE: 0, Reduction.ROWS: 1, Reduction.COLUMNS: 2, Reduction.ALL: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
 STATUS_UNSUPPORTED = 2
 POINTER_OPERAND = 3
@@ -68,7 +70,7 @@ class OutputStruct(ctypes.Structure):
     _fields_ = (
         ("row_stride", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("sum", ctypes.c_int32),
     )
 
 
@@ -211,10 +213,12 @@ class Library:
         output_dtypes: Sequence[torch.dtype],
         gemm: Gemm | None = None,
         route: str = "auto",
+        reductions: Sequence[Reduction] = (),
     ) -> ProblemStruct:
         """The problem struct of a program over [rows, columns].
 
         dtype, row_stride: of the accumulator matrix, or with `gemm` the dtype of its inputs.
+        reductions: of each output, where any is summed.
         Raises ProgramError where the program exceeds what a kernel holds.
         """
         problem = ProblemStruct(m=rows, n=columns, input_dtype=DTYPES[dtype], lda=row_stride)
@@ -246,8 +250,18 @@ class Library:
                 DTYPES[layout.dtype],
             )
         for number, output_dtype in enumerate(output_dtypes):
-            out.output[number] = OutputStruct(columns, DTYPES[output_dtype])
+            over = SUMS[reductions[number]] if reductions else 0
+            out.output[number] = OutputStruct(columns, DTYPES[output_dtype], over)
         return problem
+
+    def partials(self, problem: ProblemStruct) -> tuple[int, int]:
+        """The parts from top to bottom, and from left to right, in which outputs are summed."""
+        parts = ctypes.c_int64(), ctypes.c_int64()
+        call = f"{self.name}_partials"
+        self.check(
+            getattr(self.handle, call)(ctypes.byref(problem), *map(ctypes.byref, parts)), call
+        )
+        return parts[0].value, parts[1].value
 
     def check(self, status: int, call: str) -> None:
         """Raise KernelError where a call did not return OK."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from . import frozen, routes
-from .infer import Call, Tensors, resolve_views
+from .infer import Call, Store, Tensors, resolve_views
 from .program import parse
 from .routes import Recipe
 
 View = Sequence[int]
+T = TypeVar("T")
 
 _CACHE_LIMIT = 16384
 _CPU = -2  # get_device() says -1 of the CPU and of meta tensors alike
@@ -22,6 +23,9 @@ _lock = threading.Lock()
 _recipes: dict[tuple[Any, ...], Recipe] = {}
 _shared: dict[tuple[Any, ...], Recipe] = {}
 _taken: dict[tuple[str, str], dict[tuple[str, str | None], None]] = {}
+_backwards: dict[tuple[str, str], dict[str, None]] = {}
+# What others prepare for a signature, see `remembered`.
+_plans: dict[tuple[Any, ...], Any] = {}
 
 
 class Static(NamedTuple):
@@ -29,6 +33,7 @@ class Static(NamedTuple):
 
     program: canonical text. transposed: the weight is [K, N]. dropout: the training flag of each
     dropout of the program. views: the shape of each view. site: where the model makes the call.
+    stores: as in `infer.Call`.
     """
 
     program: str
@@ -36,6 +41,7 @@ class Static(NamedTuple):
     dropout: Sequence[bool] = ()
     views: Sequence[View] = ()
     site: str = ""
+    stores: tuple[Store, ...] = ()
 
 
 def run(
@@ -46,17 +52,28 @@ def run(
     static: Static,
 ) -> list[torch.Tensor]:
     """The outputs of a fused call on plain tensors, by the recipe of its signature."""
+    return find(x, weight, bias, operands, static).run(x, weight, bias, operands)
+
+
+def find(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    operands: Tensors,
+    static: Static,
+) -> Recipe:
+    """The recipe of a fused call's signature."""
     try:
-        signature = _signature(x, weight, bias, operands, static)
+        key = signature(x, weight, bias, operands, static)
     except RuntimeError:  # a sparse tensor has no strides
         return _unkept(x, weight, bias, operands, static)
-    recipe = _recipes.get(signature)
+    recipe = _recipes.get(key)
     if recipe is None:
-        recipe = _prepare(signature, x, weight, bias, operands, static)
-    return recipe.run(x, weight, bias, operands)
+        recipe = _prepare(key, x, weight, bias, operands, static)
+    return recipe
 
 
-def _signature(
+def signature(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -86,6 +103,8 @@ def _signature(
         key += (device, t.dtype, t.shape, t.stride(), t.is_neg())
     if static.views:
         key += (tuple(map(tuple, static.views)),)
+    if static.stores:
+        key += (static.stores,)
     if x.is_cuda:
         if x.dtype == torch.float32:
             key += (routes.tf32_allowed(), weight is not None and frozen.is_marked(weight))
@@ -106,30 +125,32 @@ def described(
     static: Static,
 ) -> Call:
     """The call, with its program read and its views resolved."""
-    program, transposed, _, views, site = static
+    program, transposed, _, views, site, stores = static
     shape = tuple(x.shape)
     if weight is not None:
         shape = (*shape[:-1], weight.shape[1 if transposed else 0])
     resolved = resolve_views(views, shape)
-    return Call(x, weight, bias, tuple(operands), parse(program), transposed, resolved, site)
+    return Call(
+        x, weight, bias, tuple(operands), parse(program), transposed, resolved, site, stores
+    )
 
 
 def _prepare(
-    signature: tuple[Any, ...],
+    key: tuple[Any, ...],
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     operands: Tensors,
     static: Static,
 ) -> Recipe:
-    recipe = _shared.get(signature[1:])
+    recipe = _shared.get(key[1:])
     if recipe is None:
         recipe = routes.prepare(described(x, weight, bias, operands, static))
     with _lock:
         if len(_recipes) >= _CACHE_LIMIT:
             _recipes.clear()
             _shared.clear()
-        _recipes[signature] = _shared[signature[1:]] = recipe
+        _recipes[key] = _shared[key[1:]] = recipe
     note(static, recipe.route, recipe.reason)
     return recipe
 
@@ -140,14 +161,14 @@ def _unkept(
     bias: torch.Tensor | None,
     operands: Tensors,
     static: Static,
-) -> list[torch.Tensor]:
-    """A call with a tensor that has no strides: by torch ops, each time."""
+) -> Recipe:
+    """For a call with a tensor that has no strides: torch ops, found anew each time."""
     tensors = [t for t in (x, weight, bias, *operands) if t is not None]
     layout = next(t.layout for t in tensors if t.layout != torch.strided)
-    note(static, "reference", f"a tensor's layout is {layout}")
-    return routes.reference_run(described(x, weight, bias, operands, static))(
-        x, weight, bias, operands
-    )
+    reason = f"a tensor's layout is {layout}"
+    note(static, "reference", reason)
+    run = routes.reference_run(described(x, weight, bias, operands, static))
+    return Recipe("reference", reason, run)
 
 
 def note(static: Static, route: str, reason: str | None) -> None:
@@ -162,9 +183,36 @@ def routes_taken(site: str, program: str) -> list[tuple[str, str | None]]:
         return list(_taken.get((site, program), ()))
 
 
+def note_backward(static: Static, words: str) -> None:
+    """Remember, for the report, how calls are differentiated."""
+    with _lock:
+        _backwards.setdefault((static.site, static.program), {})[words] = None
+
+
+def backwards_taken(site: str, program: str) -> list[str]:
+    """The distinct ways in which calls from `site` were differentiated so far."""
+    with _lock:
+        return list(_backwards.get((site, program), ()))
+
+
+def remembered(key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What `make` returned for this key, for as long as recipes are kept."""
+    try:
+        return _plans[key]
+    except KeyError:
+        made = make()
+    with _lock:
+        if len(_plans) >= _CACHE_LIMIT:
+            _plans.clear()
+        _plans[key] = made
+    return made
+
+
 def forget() -> None:
     """Drop every recipe: for tests that change what recipes depend on."""
     with _lock:
+        _plans.clear()
+        _backwards.clear()
         _recipes.clear()
         _shared.clear()
         _taken.clear()

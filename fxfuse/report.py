@@ -15,7 +15,7 @@ from .anchors import LinearCall
 from .capture import Leaf
 from .errors import InputError
 from .freeze import Weights, count_weights
-from .fused import routes_taken
+from .fused import backwards_taken, routes_taken
 from .groups import CLAIMED
 from .module import REPORT
 from .patterns import Attribute
@@ -87,6 +87,12 @@ class GroupReport:
         return tuple(r if reason is None else f"{r}: {reason}" for r, reason in taken)
 
     @property
+    def backward(self) -> tuple[str, ...]:
+        """What calls of this group kept for their gradients so far, or why torch's own ops compute
+        those; empty before a call that is differentiated."""
+        return tuple(backwards_taken(self.site, self.program))
+
+    @property
     def launches_after(self) -> int:
         """Kernels a call takes by the routes seen so far. Before any call it is not known whether
         one kernel will serve a GEMM group, and two are counted."""
@@ -155,6 +161,7 @@ class Report:
             asdict(g)
             | {
                 "routes": list(g.routes),
+                "backward": list(g.backward),
                 "launches_after": g.launches_after,
                 "bytes_after": g.bytes_after,
             }
@@ -341,6 +348,7 @@ def _node_table(rows: tuple[NodeRow, ...]) -> str:
 
 
 def _group_table(groups: tuple[GroupReport, ...]) -> str:
+    trained = any(g.backward for g in groups)
     rows = [
         (
             g.anchor,
@@ -349,10 +357,12 @@ def _group_table(groups: tuple[GroupReport, ...]) -> str:
             ", ".join(f"{o.name} ({o.kind})" for o in g.operands) or "-",
             g.stores,
             "; ".join(g.routes) or "-",
+            *(["; ".join(g.backward) or "-"] if trained else []),
         )
         for g in groups
     ]
-    return tabulate(rows, ("anchor", "M x K -> N", "chain", "operands", "stores", "route"))
+    headers = ("anchor", "M x K -> N", "chain", "operands", "stores", "route", "backward")
+    return tabulate(rows, headers if trained else headers[:-1])
 
 
 def _plain_shape(group: GroupReport) -> str:

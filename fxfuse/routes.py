@@ -12,7 +12,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from .library import (
     Pointers,
     ProblemStruct,
 )
+from .program import ACC
+from .vjp import Reduction
 
 Run = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", Tensors], list]
 
@@ -90,9 +92,27 @@ def reference_run(call: Call) -> Run:
         # An output may share an input's memory here (a program that only casts to the dtype it
         # has, or only views); an op must return fresh tensors.
         held = [t for t in (x, *operands) if t.layout == torch.strided]
-        return [o.clone() if any(_share_memory(o, t) for t in held) else o for o in outputs]
+        fresh = [o.clone() if any(_share_memory(o, t) for t in held) else o for o in outputs]
+        if not call.stores:
+            return fresh
+        shaped = fresh if call.views else [o.expand(acc.shape) for o in fresh]
+        return [
+            reduced(o, store.reduction).to(store.dtype)
+            for o, store in zip(shaped, call.stores, strict=True)
+        ]
 
     return run
+
+
+def reduced(matrix: torch.Tensor, reduction: Reduction) -> torch.Tensor:
+    """A tensor [..., N], seen as a matrix [M, N], summed in fp32 or wider: to [N], [M] or []."""
+    if reduction is Reduction.NONE:
+        return matrix
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    if reduction is Reduction.ALL:
+        return flat.sum(dtype=wide)
+    return flat.sum(0 if reduction is Reduction.ROWS else 1, dtype=wide)
 
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -205,6 +225,16 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
+def product_output(call: Call, result: Result) -> int | None:
+    """The output that is the product by torch itself, if there is one: no kernel need store it."""
+    if call.weight is None or len(call.program.outputs) == 1:
+        return None
+    for index, value in enumerate(call.program.outputs):
+        if value == ACC and result.shapes[index] == result.acc_shape:
+            return index
+    return None
+
+
 def in_place_output(result: Result) -> int | None:
     """The output that may overwrite the product: elementwise, one read before one write."""
     for index, dtype in enumerate(result.dtypes):
@@ -223,15 +253,18 @@ def pointwise_problem(
     """The problem of running a call's program over a matrix: torch's product, or x itself."""
     rows, columns = rows_and_columns(result.acc_shape)
     stride = columns if call.weight is not None else flatten_rows(call.x)[1]
+    held = product_output(call, result)
+    kept = [i for i in range(len(result.dtypes)) if i != held]
     return lib.problem(
-        call.program,
+        replace(call.program, outputs=tuple(call.program.outputs[i] for i in kept)),
         rows,
         columns,
         result.acc_dtype,
         stride,
         layouts,
-        result.dtypes,
+        [result.dtypes[i] for i in kept],
         route=route,
+        reductions=[result.reductions[i] for i in kept],
     )
 
 
@@ -239,15 +272,29 @@ def pointwise_run(
     call: Call,
     result: Result,
     fixes: Fixes,
+    lib: Library,
+    problem: ProblemStruct,
     launch: Callable[[ctypes.Array], None],
 ) -> Run:
     """Run the product by torch, then the program over it by `launch(pointers)`.
 
-    Where the call has a product its memory is one of the outputs, so nothing else is allocated.
+    problem: what `launch` runs. Where the call has a product its memory is one of the outputs, so
+    nothing else is allocated.
     """
-    transposed, program_outputs = call.transposed, list(enumerate(result.dtypes))
-    reused = in_place_output(result) if call.weight is not None else None
-    reshaped = {i: shape for i, shape in enumerate(result.shapes) if shape != result.acc_shape}
+    transposed, held = call.transposed, product_output(call, result)
+    reused = in_place_output(result) if call.weight is not None and held is None else None
+    reductions = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
+    p, q = lib.partials(problem) if reductions else (0, 0)
+    m, n = rows_and_columns(result.acc_shape)
+    parts = {Reduction.ROWS: (p, n), Reduction.COLUMNS: (m, q), Reduction.ALL: (p, q)}
+    shapes = [parts.get(r, result.acc_shape) for r in result.reductions]
+    dtypes = [torch.float32 if i in reductions else d for i, d in enumerate(result.dtypes)]
+    stored = [(i, shapes[i], dtypes[i]) for i in range(len(dtypes)) if i != held]
+    reshaped = {
+        i: shape
+        for i, shape in enumerate(result.shapes)
+        if shape != result.acc_shape and result.reductions[i] is Reduction.NONE
+    }
     copies = call.weight is None and flatten_rows(call.x)[0]
 
     def run(
@@ -265,13 +312,18 @@ def pointwise_run(
         for index, operand in enumerate(operands):
             pointers[POINTER_OPERAND + index] = operand.data_ptr()
         outputs = []
-        for index, dtype in program_outputs:
-            out = acc if index == reused else acc.new_empty(result.acc_shape, dtype=dtype)
-            pointers[POINTER_OUTPUT + index] = out.data_ptr()
+        for place, (index, shape, dtype) in enumerate(stored):
+            out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
+            pointers[POINTER_OUTPUT + place] = out.data_ptr()
             outputs.append(out)
         launch(pointers)
+        if held is not None:
+            outputs.insert(held, acc)
         for index, shape in reshaped.items():
             outputs[index] = outputs[index].view(shape)
+        for index, reduction in reductions.items():
+            total = reduced(outputs[index], reduction)
+            outputs[index] = total.to(result.dtypes[index])
         return outputs
 
     return run
@@ -292,7 +344,7 @@ def _cpu_recipe(
         if status:
             lib.check(status, f"fxfuse_cpu_run for {' -> '.join(call.program.chain)}")
 
-    return Recipe("cpu", None, pointwise_run(call, result, fixes, launch))
+    return Recipe("cpu", None, pointwise_run(call, result, fixes, lib, problem, launch))
 
 
 def tf32_allowed() -> bool:

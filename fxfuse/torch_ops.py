@@ -17,6 +17,9 @@ from .infer import checked_outputs
 from .program import Program, parse
 from .recipes import Static, View
 
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", None) or (
+    lambda: torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
+)
 _lib = torch.library.Library("fxfuse", "DEF")
 _lib.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] operands, str program, "
@@ -55,7 +58,7 @@ def dispatch(
     x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static
 ) -> Sequence[torch.Tensor]:
     """Call the op: for tensors, modes and compilers that should see it."""
-    program, transposed, _, views, site = static
+    program, transposed, _, views, site, _ = static
     packed = pack_views(views)
     if weight is None:
         return torch.ops.fxfuse.pointwise(x, list(operands), program, packed, site)
@@ -72,14 +75,7 @@ def by_reference(
     return reference.run(read_program(static.program), acc, operands, static.dropout, static.views)
 
 
-def differentiable(
-    x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static
-) -> Sequence[torch.Tensor]:
-    """The outputs of a call on plain tensors of which some need a gradient."""
-    return _Fused.apply(recipes.run, static, x, weight, bias, *operands)
-
-
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 class _Fused(torch.autograd.Function):
@@ -98,7 +94,7 @@ class _Fused(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Reshapes inside the call are nobody's business: an output that counts as a view could
         # not be written in place.
-        with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        with torch._C._ExcludeDispatchKeyGuard(VIEW_TRACKING):
             return tuple(kernel(x, weight, bias, operands, static))
 
     @staticmethod

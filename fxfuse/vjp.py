@@ -110,23 +110,34 @@ def reduction(kind: str) -> Reduction:
 
 
 @functools.lru_cache(maxsize=1024)
-def vjp(program: Program, wrt: tuple[Variable, ...]) -> Backward:
+def vjp(
+    program: Program, wrt: tuple[Variable, ...], incoming: tuple[int, ...] | None = None
+) -> Backward:
     """The gradients of a program with respect to `wrt` (`ACC` and operands), from z.
 
-    An output that has no incoming gradient is to be left out of `program` first. A dropout is the
+    incoming: the outputs that have an incoming gradient, by number; None: all. A dropout is the
     identity, because an active one never reaches a kernel. Raises ProgramError where `wrt` names
     an operand the program has not.
     """
-    return _differentiate(program, wrt, _Values(program))
+    return _differentiate(program, wrt, _Values(program, ()), incoming)
 
 
 @functools.lru_cache(maxsize=1024)
-def without_z(program: Program, wrt: tuple[Variable, ...]) -> Backward | None:
+def without_z(
+    program: Program,
+    wrt: tuple[Variable, ...],
+    incoming: tuple[int, ...] | None = None,
+    stored: tuple[int, ...] | None = None,
+) -> Backward | None:
     """The same gradients without z: over an output of the forward, or an incoming gradient, in
-    place of the accumulator. None where they depend on z. Raises as `vjp` does."""
+    place of the accumulator. None where they depend on z. Raises as `vjp` does.
+
+    stored: the outputs that may be read, by number; None: all.
+    """
     if any(i.op == "view" for i in program.instructions):
         return None  # neither need be shaped as the accumulator is
-    backward = _differentiate(program, wrt, _Values(program, from_outputs=True))
+    read = tuple(range(len(program.outputs))) if stored is None else stored
+    backward = _differentiate(program, wrt, _Values(program, read), incoming)
     if backward.program is None:
         return backward
     if any(ACC in i.args for i in backward.program.instructions):
@@ -151,7 +162,7 @@ def saves(program: Program, wrt: tuple[Variable, ...]) -> Saves:
 class _Values:
     """The forward's values, and after them the gradients', in one list of instructions."""
 
-    def __init__(self, program: Program, from_outputs: bool = False) -> None:
+    def __init__(self, program: Program, stored: tuple[int, ...]) -> None:
         self.program = program
         self.builder = Builder()
         # Operands are numbered so that what the forward returned, and then the incoming
@@ -166,7 +177,7 @@ class _Values:
             self.builder.operand(source)
         views = [int(i.params[0]) for i in program.instructions if i.op == "view"]
         self.acc_shape = 1 + max(views, default=-1)
-        self.from_outputs = from_outputs
+        self.stored = {program.outputs[i]: Stored(i) for i in reversed(stored)}
         self.known: list[Term] = [self.taken(0, Term(self.builder, ACC, self.acc_shape))]
         for index, instruction in enumerate(program.instructions, start=1):
             self.known.append(self.taken(index, self.computed(instruction)))
@@ -182,9 +193,8 @@ class _Values:
 
     def taken(self, index: int, computed: Term) -> Term:
         """Value `index`: read from an output that holds it, where those are given."""
-        if self.from_outputs and Value(index) in self.program.outputs:
-            return self.source(Stored(self.program.outputs.index(Value(index))), computed.shape)
-        return computed
+        stored = self.stored.get(Value(index))
+        return computed if stored is None else self.source(stored, computed.shape)
 
     def computed(self, instruction: Instruction) -> Term:
         args = [self.term(a) for a in instruction.args]
@@ -216,18 +226,24 @@ class _Values:
             return None
         args = [self.term(a) for a in instruction.args]
         result = self.known[index]
-        if self.from_outputs and result_serves(instruction.op, instruction.params):
+        if self.stored and result_serves(instruction.op, instruction.params):
             args[0] = result
         return rule(gradient, *args, result, *instruction.params)
 
 
-def _differentiate(program: Program, wrt: tuple[Variable, ...], values: _Values) -> Backward:
+def _differentiate(
+    program: Program,
+    wrt: tuple[Variable, ...],
+    values: _Values,
+    incoming: tuple[int, ...] | None,
+) -> Backward:
     for variable in wrt:
         if isinstance(variable, Operand) and variable.index >= program.operand_count:
             raise ProgramError(f"vjp: no operand {variable}: there are {program.operand_count}")
         if isinstance(variable, Value) and variable != ACC:
             raise ProgramError(f"vjp: {variable} is a value, not the accumulator or an operand")
-    gradients = _gradients(program, wrt, values)
+    given = range(len(program.outputs)) if incoming is None else incoming
+    gradients = _gradients(program, wrt, values, given)
     found: dict[Variable, Term] = {v: gradients[v] for v in wrt if v in gradients}
     outputs: list[Value] = []
     by: dict[Variable, int | Incoming] = {}
@@ -252,7 +268,7 @@ def _differentiate(program: Program, wrt: tuple[Variable, ...], values: _Values)
 
 
 def _gradients(
-    program: Program, wrt: tuple[Variable, ...], values: _Values
+    program: Program, wrt: tuple[Variable, ...], values: _Values, incoming: Sequence[int]
 ) -> Mapping[Variable, Term]:
     """The gradients that are not zero, of values and operands on the way to `wrt`."""
     active: set[Variable] = set(wrt)
@@ -264,7 +280,8 @@ def _gradients(
     def add(variable: Variable, gradient: Term) -> None:
         total[variable] = total[variable] + gradient if variable in total else gradient
 
-    for number, value in enumerate(program.outputs):
+    for number in incoming:
+        value = program.outputs[number]
         if value in active:
             add(value, values.incoming(number, value))
     for index in range(len(program.instructions), 0, -1):

@@ -146,6 +146,14 @@ class Checker {
     if (o.dtype < FXFUSE_F32 || o.dtype > FXFUSE_BF16) {
       return BadItem("output", i, "dtype", o.dtype, "f32 (0), f16 (1) or bf16 (2)");
     }
+    if (o.sum < FXFUSE_SUM_NONE || o.sum > FXFUSE_SUM_ALL) {
+      return BadItemRange("output", i, "sum", o.sum, FXFUSE_SUM_ALL);
+    }
+    if (o.sum != FXFUSE_SUM_NONE) {
+      if (!problem_.has_gemm) return FXFUSE_OK;
+      return Fail(FXFUSE_UNSUPPORTED, "%s: output[%d].sum=%d, a problem with a GEMM takes none",
+                  call_, i, o.sum);
+    }
     if (RowsOverlap(o.row_stride, problem_.n)) {
       return BadItem("output", i, "row_stride", o.row_stride, "n or more");
     }

@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from helpers_gemm import SKINNY_TILES, SPLITS, TILES, run_tile
 
-from fxfuse import library
+from fxfuse import library, recipes
 from fxfuse.errors import LibraryError
 from fxfuse.fused import forced_route, fused_linear, fused_pointwise
+from fxfuse.infer import Store
+from fxfuse.recipes import Static
 from fxfuse.split import split, split_reference
+from fxfuse.vjp import Reduction
 
 # The second chain keeps a slot, reads every operand kind and stores twice.
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
@@ -153,6 +156,36 @@ def pointwise_cases() -> Iterator[tuple[str, bool]]:
             yield f"pointwise {dtype} {m}x{n} cast", right
 
 
+def sums_cases() -> Iterator[tuple[str, bool]]:
+    """Outputs summed over rows, columns and all, beside the matrix itself, and training steps."""
+    text = "t1 = silu acc; t2 = copy t1; t3 = copy t1; t4 = copy t1; store t1, t2, t3, t4"
+    reductions = (Reduction.NONE, Reduction.ROWS, Reduction.COLUMNS, Reduction.ALL)
+    for dtype, (m, n, k) in itertools.product(DTYPES, (*SIZES, *RAGGED, (3000, 9, 4))):
+        z = randn(m, n, dtype=dtype)
+        static = Static(text, stores=tuple(Store(r, dtype) for r in reductions))
+        found = recipes.find(z, None, None, [], static).run(z, None, None, [])
+        silu = F.silu(z.double())
+        truths = (silu, silu.sum(0), silu.sum(1), silu.sum())
+        sizes = (silu, silu.abs().sum(0), silu.abs().sum(1), silu.abs().sum())
+        right = all(
+            bool((f.double() - t).norm() <= TOLERANCE[dtype] * s.norm())
+            for f, t, s in zip(found, truths, sizes, strict=True)
+        )
+        yield f"sums {dtype} {m}x{n}", right
+        tensors = [randn(*s, dtype=dtype).requires_grad_() for s in ((m, k), (n, k), (n,), (n,))]
+        x, weight, bias, a = tensors
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        seed = randn(m, n, dtype=dtype)
+        out = fused_linear(x, weight, bias, [a, seed], CHAIN)
+        exact = chain(F.linear(*wide[:3]), wide[3], seed.double())
+        grads = zip(
+            torch.autograd.grad(out, tensors, seed),
+            torch.autograd.grad(exact, wide, seed.double()),
+            strict=True,
+        )
+        yield f"backward {dtype} {m}x{n}x{k}", all(close(g, t, dtype) for g, t in grads)
+
+
 def split_cases() -> Iterator[tuple[str, bool]]:
     """Rows in registers, rows read twice and turned tiles; each beside a matrix of few columns."""
     for planes, (m, k) in itertools.product((1, 2), ((3, 40000), (130, 264), (67, 33), (9, 9001))):
@@ -179,7 +212,7 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     passed, wrong = 0, []
-    cases = [gemm_cases(), skinny_cases(), pointwise_cases(), split_cases()]
+    cases = [gemm_cases(), skinny_cases(), pointwise_cases(), sums_cases(), split_cases()]
     if torch.cuda.get_device_capability() == (9, 0):
         cases += [hopper_cases(), planes_cases()]
     for name, right in itertools.chain(*cases):

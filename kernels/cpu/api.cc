@@ -64,7 +64,7 @@ constexpr int64_t kChunksPerThread = 16;
 // A call under way, shared by its threads.
 struct Job {
   const Plan& plan;
-  int64_t chunk;  // tiles taken at a time
+  int64_t chunk;  // strips taken at a time
   std::atomic<int64_t> next{0};
   std::atomic<bool> is_out_of_memory{false};
 };
@@ -72,16 +72,16 @@ struct Job {
 void Work(void* data) {
   Job& job = *static_cast<Job*>(data);
   int64_t first = job.next.fetch_add(job.chunk, std::memory_order_relaxed);
-  if (first >= job.plan.tile_count) return;
+  if (first >= job.plan.strip_count) return;
   Interpreter interpreter(job.plan);
   if (!interpreter.ok()) {
     job.is_out_of_memory.store(true, std::memory_order_relaxed);
     return;
   }
-  const int64_t count = job.plan.tile_count;
+  const int64_t count = job.plan.strip_count;
   while (first < count) {
     const int64_t last = first + job.chunk < count ? first + job.chunk : count;
-    for (int64_t i = first; i < last; ++i) interpreter.RunTile(i);
+    for (int64_t i = first; i < last; ++i) interpreter.RunStrip(i);
     first = job.next.fetch_add(job.chunk, std::memory_order_relaxed);
   }
 }
@@ -110,10 +110,10 @@ fxfuse_status RunPlan(const Plan& plan, int threads) {
   const int64_t work =
       elements > INT64_MAX / plan.element_cost ? INT64_MAX : elements * plan.element_cost;
   int64_t useful = work / kWorkPerThread;
-  if (useful > plan.tile_count) useful = plan.tile_count;
+  if (useful > plan.strip_count) useful = plan.strip_count;
   if (useful < threads) threads = useful < 1 ? 1 : static_cast<int>(useful);
-  int64_t chunk = plan.tile_count / (threads * kChunksPerThread);
-  if (threads == 1) chunk = plan.tile_count;
+  int64_t chunk = plan.strip_count / (threads * kChunksPerThread);
+  if (threads == 1) chunk = plan.strip_count;
   Job job{plan, chunk < 1 ? 1 : chunk};
   const fxfuse_parallel parallel = current_parallel.load(std::memory_order_acquire);
   if (threads == 1) {
@@ -171,6 +171,19 @@ fxfuse_status fxfuse_cpu_run(const fxfuse_problem* problem, void* const* pointer
   fxfuse::Plan plan;
   fxfuse::MakePlan(*problem, pointers, fxfuse::CurrentIsa(), &plan);
   return fxfuse::RunPlan(plan, threads);
+}
+
+fxfuse_status fxfuse_cpu_partials(const fxfuse_problem* problem, int64_t* p, int64_t* q) {
+  constexpr const char* kCall = "fxfuse_cpu_partials";
+  const fxfuse_status status = fxfuse::CheckProblem(kCall, problem, nullptr, false);
+  if (status != FXFUSE_OK) return status;
+  if (p == nullptr || q == nullptr) {
+    return fxfuse::Fail(FXFUSE_BAD_ARGUMENT, "%s: %s=null, expected an address", kCall,
+                        p == nullptr ? "p" : "q");
+  }
+  *p = *q = 0;
+  if (problem->m > 0 && problem->n > 0) fxfuse::PartialSums(*problem, p, q);
+  return FXFUSE_OK;
 }
 
 }  // extern "C"

@@ -55,17 +55,32 @@ Interpreter::Interpreter(const Plan& plan) : plan_(plan) {
   }
 }
 
-Interpreter::Tile Interpreter::TileAt(int64_t index) const {
+Interpreter::Tile Interpreter::TileAt(int64_t row_tile, int64_t column_tile) const {
   Tile tile;
-  tile.row = index / plan_.column_tiles * plan_.tile_rows;
-  tile.column = index % plan_.column_tiles * plan_.tile_columns;
+  tile.row = row_tile * plan_.tile_rows;
+  tile.column = column_tile * plan_.tile_columns;
   tile.rows = static_cast<int>(std::min(plan_.tile_rows, plan_.rows - tile.row));
   tile.columns = static_cast<int>(std::min(plan_.tile_columns, plan_.columns - tile.column));
   return tile;
 }
 
-void Interpreter::RunTile(int64_t index) {
-  const Tile tile = TileAt(index);
+void Interpreter::RunStrip(int64_t index) {
+  const int64_t strip_row = index / plan_.column_tiles;
+  const int64_t column = index % plan_.column_tiles;
+  const int64_t first = strip_row * plan_.strip_tiles;
+  const int64_t last = std::min(first + plan_.strip_tiles, plan_.row_tiles);
+  for (int i = 0; i < plan_.output_count; ++i) {
+    if (plan_.output[i].buffer == 0) continue;
+    std::fill_n(Totals(plan_.output[i]), plan_.fragment, 0.0);
+  }
+  for (int64_t i = first; i < last; ++i) RunTile(TileAt(i, column));
+  for (int i = 0; i < plan_.output_count; ++i) {
+    if (plan_.output[i].buffer == 0) continue;
+    StoreSum(plan_.output[i], strip_row, TileAt(first, column));
+  }
+}
+
+void Interpreter::RunTile(const Tile& tile) {
   const int vectors = (tile.count() + kLane - 1) / kLane * kLane;
 
   const float* operand[FXFUSE_MAX_OPERANDS];
@@ -104,6 +119,7 @@ float* Interpreter::DirectOutput(const StepPlan& step, const Tile& tile) const {
   if (step.output < 0 || step.is_saved) return nullptr;
   const MatrixPlan& matrix = plan_.output[step.output];
   if (matrix.dtype != FXFUSE_F32 || tile.count() % kLane != 0) return nullptr;
+  if (matrix.sum != FXFUSE_SUM_NONE) return nullptr;
   if (!IsContiguous(tile, matrix.row_stride)) return nullptr;
   return reinterpret_cast<float*>(matrix.data) + tile.row * matrix.row_stride + tile.column;
 }
@@ -197,7 +213,40 @@ void Interpreter::LoadStrided(const OperandPlan& o, const char* data, float* out
   for (int i = 0; i < count; ++i) load(out + i, data + i * step, 1);
 }
 
+// Over columns a row of the tile is added up at once, over rows element by element in a buffer.
+void Interpreter::AddToSum(const MatrixPlan& sum, const float* value, const Tile& tile) const {
+  if (sum.sum == FXFUSE_SUM_COLUMNS) {
+    float* to = reinterpret_cast<float*>(sum.data) + tile.row * plan_.column_tiles +
+                tile.column / plan_.tile_columns;
+    for (int i = 0; i < tile.rows; ++i) {
+      to[i * plan_.column_tiles] = plan_.kernels->sum(value + i * tile.columns, tile.columns);
+    }
+    return;
+  }
+  plan_.kernels->add_to(Totals(sum), value, tile.count());
+}
+
+// Writes the sums of a strip whose first tile is `first`.
+void Interpreter::StoreSum(const MatrixPlan& sum, int64_t strip_row, const Tile& first) const {
+  const double* from = Totals(sum);
+  float* to = reinterpret_cast<float*>(sum.data);
+  if (sum.sum == FXFUSE_SUM_ALL) {
+    double total = 0.0;
+    for (int i = 0; i < first.count(); ++i) total += from[i];
+    to[strip_row * plan_.column_tiles + first.column / plan_.tile_columns] =
+        static_cast<float>(total);
+    return;
+  }
+  to += strip_row * plan_.columns + first.column;
+  for (int j = 0; j < first.columns; ++j) {
+    double total = from[j];
+    for (int i = 1; i < first.rows; ++i) total += from[i * first.columns + j];
+    to[j] = static_cast<float>(total);
+  }
+}
+
 void Interpreter::Store(const MatrixPlan& matrix, const float* value, const Tile& tile) const {
+  if (matrix.sum != FXFUSE_SUM_NONE) return AddToSum(matrix, value, tile);
   const StoreLoop store = plan_.kernels->store[matrix.dtype];
   const int64_t size = ElementSize(matrix.dtype);
   char* data = matrix.data + (tile.row * matrix.row_stride + tile.column) * size;

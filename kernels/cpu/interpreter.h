@@ -17,8 +17,8 @@ class Interpreter {
   explicit Interpreter(const Plan& plan);
   bool ok() const { return memory_ != nullptr; }
 
-  // Runs tile `index` of plan.tile_count.
-  void RunTile(int64_t index);
+  // Runs strip `index` of plan.strip_count.
+  void RunStrip(int64_t index);
 
  private:
   // Rows [row, row + rows) and columns [column, column + columns) of the matrix.
@@ -28,6 +28,7 @@ class Interpreter {
     int count() const { return rows * columns; }
   };
 
+  void RunTile(const Tile& tile);
   float* Buffer(int i) const { return buffers_ + static_cast<int64_t>(i) * plan_.fragment; }
   const float* LoadOperand(int index, const Tile& tile);
   const float* LoadRow(const OperandPlan& operand, int index, const Tile& tile);
@@ -37,7 +38,13 @@ class Interpreter {
   void GatherRows(const OperandPlan& operand, const Tile& tile);
   void LoadStrided(const OperandPlan& operand, const char* data, float* out, int count) const;
   void Store(const MatrixPlan& matrix, const float* value, const Tile& tile) const;
-  Tile TileAt(int64_t index) const;
+  Tile TileAt(int64_t row_tile, int64_t column_tile) const;
+  // Where a strip is added up: as many doubles as a fragment has floats.
+  double* Totals(const MatrixPlan& sum) const {
+    return reinterpret_cast<double*>(Buffer(sum.buffer));
+  }
+  void AddToSum(const MatrixPlan& sum, const float* value, const Tile& tile) const;
+  void StoreSum(const MatrixPlan& sum, int64_t strip_row, const Tile& first) const;
   float* DirectOutput(const StepPlan& step, const Tile& tile) const;
 
   struct Free {

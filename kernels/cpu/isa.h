@@ -24,11 +24,18 @@ using OpLoop = void (*)(float* out, const float* a, const float* b, const float*
 using LoadLoop = void (*)(float* out, const void* in, int count);
 using StoreLoop = void (*)(void* out, const float* in, int count);
 
+// The sum of `count` floats in doubles, in an order that is the same for every instruction set.
+using SumLoop = float (*)(const float* in, int count);
+// total[i] += in[i] for i < count.
+using AddLoop = void (*)(double* total, const float* in, int count);
+
 struct IsaKernels {
   const char* name;
   OpLoop op[kOpcodeCount];
   LoadLoop load[4];    // by fxfuse_dtype
   StoreLoop store[3];  // by fxfuse_dtype
+  SumLoop sum;
+  AddLoop add_to;
 };
 
 namespace baseline {

@@ -142,6 +142,24 @@ void StoreBf16(void* out, const float* in, int count) {
   for (int i = 0; i < count; ++i) bits[i] = ToBfloat(in[i]);
 }
 
+float Sum(const float* in, int count) {
+  double lane[kLane] = {};
+  int i = 0;
+  for (; i + kLane <= count; i += kLane) {
+    for (int j = 0; j < kLane; ++j) lane[j] += in[i + j];
+  }
+  for (int j = 0; i + j < count; ++j) lane[j] += in[i + j];
+  for (int half = kLane / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  }
+  return static_cast<float>(lane[0]);
+}
+
+void AddTo(double* total, const float* in, int count) {
+  FXFUSE_SIMD
+  for (int i = 0; i < count; ++i) total[i] += static_cast<double>(in[i]);
+}
+
 }  // namespace
 
 extern const IsaKernels kKernels = {FXFUSE_STRING(FXFUSE_ISA),
@@ -151,7 +169,9 @@ extern const IsaKernels kKernels = {FXFUSE_STRING(FXFUSE_ISA),
 #undef FXFUSE_OP
                                     },
                                     {LoadF32, LoadF16, LoadBf16, LoadBool},
-                                    {StoreF32, StoreF16, StoreBf16}};
+                                    {StoreF32, StoreF16, StoreBf16},
+                                    Sum,
+                                    AddTo};
 
 }  // namespace FXFUSE_ISA
 }  // namespace fxfuse

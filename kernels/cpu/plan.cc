@@ -90,11 +90,18 @@ bool IsDense(const OperandPlan& o, int64_t m, int64_t n) {
   return o.row_stride == n && o.repeat == 1 && o.period == m;
 }
 
+bool HasSums(const fxfuse_program& program) {
+  for (int i = 0; i < program.output_count; ++i) {
+    if (program.output[i].sum != FXFUSE_SUM_NONE) return true;
+  }
+  return false;
+}
+
 // Turns a problem in which everything is dense into a single long row.
 void Flatten(const fxfuse_program& program, Plan* plan) {
   const int64_t m = plan->rows;
   const int64_t n = plan->columns;
-  if (m == 1) return;
+  if (m == 1 || HasSums(program)) return;
   if (plan->reads_accumulator && plan->accumulator.row_stride != n) return;
   for (int i = 0; i < program.output_count; ++i) {
     if (plan->output[i].row_stride != n) return;
@@ -113,7 +120,13 @@ void Flatten(const fxfuse_program& program, Plan* plan) {
   plan->columns = m * n;
 }
 
-void ChooseTiles(Plan* plan) {
+// Tiles and strips follow from the shape alone: sums must not depend on threads or instruction
+// sets. A strip is as many tiles as leave sixteen parts, up to 64: few partial sums for those who
+// add them up, many for accuracy and for threads.
+constexpr int64_t kStrips = 16;
+constexpr int64_t kMaxStripTiles = 64;
+
+void ChooseTiles(bool has_sums, Plan* plan) {
   const int64_t columns = plan->columns;
   if (columns > kFragment) {
     const int64_t pieces = (columns + kFragment - 1) / kFragment;
@@ -124,7 +137,13 @@ void ChooseTiles(Plan* plan) {
     plan->tile_rows = std::min(plan->rows, kFragment / columns);
   }
   plan->column_tiles = (columns + plan->tile_columns - 1) / plan->tile_columns;
-  plan->tile_count = plan->column_tiles * ((plan->rows + plan->tile_rows - 1) / plan->tile_rows);
+  plan->row_tiles = (plan->rows + plan->tile_rows - 1) / plan->tile_rows;
+  plan->strip_tiles = 1;
+  if (has_sums) {
+    plan->strip_tiles = std::min((plan->row_tiles + kStrips - 1) / kStrips, kMaxStripTiles);
+  }
+  plan->strip_count =
+      plan->column_tiles * ((plan->row_tiles + plan->strip_tiles - 1) / plan->strip_tiles);
   plan->fragment = static_cast<int>(RoundUp(plan->tile_rows * plan->tile_columns, kLane));
 }
 
@@ -147,6 +166,13 @@ void PlanSteps(const fxfuse_program& program, Plan* plan) {
     o.buffer = o.kind == Broadcast::kScalar
                    ? AddConstant(ReadScalar(*plan->kernels, o.data, o.dtype), plan)
                    : plan->buffer_count++;
+  }
+  for (int i = 0; i < program.output_count; ++i) {
+    MatrixPlan& output = plan->output[i];
+    const bool adds_rows = output.sum == FXFUSE_SUM_ROWS || output.sum == FXFUSE_SUM_ALL;
+    if (!adds_rows) continue;
+    output.buffer = plan->buffer_count;
+    plan->buffer_count += 2;
   }
   plan->step_count = program.instruction_count;
   plan->element_cost = 2;  // loading and storing
@@ -184,6 +210,15 @@ void PlanSteps(const fxfuse_program& program, Plan* plan) {
 
 int64_t ElementSize(int dtype) { return dtype == FXFUSE_F32 ? 4 : (dtype == FXFUSE_BOOL ? 1 : 2); }
 
+void PartialSums(const fxfuse_problem& problem, int64_t* p, int64_t* q) {
+  Plan plan;
+  plan.rows = problem.m;
+  plan.columns = problem.n;
+  ChooseTiles(HasSums(problem.program), &plan);
+  *p = plan.strip_count / plan.column_tiles;
+  *q = plan.column_tiles;
+}
+
 void MakePlan(const fxfuse_problem& problem, void* const* pointers, const IsaKernels& kernels,
               Plan* plan) {
   const fxfuse_program& program = problem.program;
@@ -192,7 +227,7 @@ void MakePlan(const fxfuse_problem& problem, void* const* pointers, const IsaKer
   plan->columns = problem.n;
   plan->constant_count = 0;
   plan->accumulator = {static_cast<char*>(pointers[FXFUSE_PTR_A]), problem.input_dtype,
-                       problem.m == 1 ? problem.n : problem.lda};
+                       problem.m == 1 ? problem.n : problem.lda, FXFUSE_SUM_NONE, 0};
   plan->reads_accumulator = false;
   bool used[FXFUSE_MAX_OPERANDS] = {};
   for (int i = 0; i < program.instruction_count; ++i) {
@@ -208,12 +243,14 @@ void MakePlan(const fxfuse_problem& problem, void* const* pointers, const IsaKer
     plan->operand[i] =
         SimplifyOperand(program.operand[i], pointers[FXFUSE_PTR_OPERAND + i], problem.m, problem.n);
   }
+  plan->output_count = program.output_count;
   for (int i = 0; i < program.output_count; ++i) {
     plan->output[i] = {static_cast<char*>(pointers[FXFUSE_PTR_OUTPUT + i]), program.output[i].dtype,
-                       problem.m == 1 ? problem.n : program.output[i].row_stride};
+                       problem.m == 1 ? problem.n : program.output[i].row_stride,
+                       program.output[i].sum, 0};
   }
   Flatten(program, plan);
-  ChooseTiles(plan);
+  ChooseTiles(HasSums(program), plan);
   PlanSteps(program, plan);
 }
 

@@ -31,6 +31,8 @@ struct MatrixPlan {  // the accumulator or an output
   char* data;
   int dtype;
   int64_t row_stride;
+  int sum;     // fxfuse_sum; `data` are then partial sums
+  int buffer;  // two of the workspace, where a strip is added up in doubles; 0: it is not
 };
 
 // An argument: the running value, or a buffer of the workspace (perhaps standing for an operand).
@@ -58,10 +60,14 @@ struct Plan {
   const IsaKernels* kernels;
   int64_t rows, columns;            // flattened to one row where everything is dense
   int64_t tile_rows, tile_columns;  // one of them is 1, or tile_columns == columns
-  int64_t column_tiles, tile_count;
+  int64_t column_tiles, row_tiles;
+  // What a thread takes at a time: so many tiles below each other. A problem without sums has
+  // strips of one tile.
+  int64_t strip_tiles, strip_count;
   MatrixPlan accumulator;
   bool reads_accumulator;
   OperandPlan operand[FXFUSE_MAX_OPERANDS];
+  int output_count;
   MatrixPlan output[FXFUSE_MAX_OUTPUTS];
   int step_count;
   StepPlan step[FXFUSE_MAX_INSTRUCTIONS];
@@ -74,6 +80,10 @@ struct Plan {
 
 // The bytes of one element of an fxfuse_dtype.
 int64_t ElementSize(int dtype);
+
+// The parts of a checked problem with m, n > 0 that are summed each by itself: P and Q of
+// fxfuse_output.
+void PartialSums(const fxfuse_problem& problem, int64_t* p, int64_t* q);
 
 // Plans a checked problem with m, n > 0.
 void MakePlan(const fxfuse_problem& problem, void* const* pointers, const IsaKernels& kernels,

@@ -165,6 +165,26 @@ fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointe
   return fxfuse::LaunchPortable(kCall, *problem, pointers, *choice.portable, stream);
 }
 
+fxfuse_status fxfuse_cuda_partials(const fxfuse_problem* problem, int64_t* p, int64_t* q) {
+  constexpr const char* kCall = "fxfuse_cuda_partials";
+  fxfuse_status status = fxfuse::CheckProblem(kCall, problem, nullptr, false);
+  if (status != FXFUSE_OK) return status;
+  if (p == nullptr || q == nullptr) {
+    return fxfuse::Fail(FXFUSE_BAD_ARGUMENT, "%s: %s=null, expected an address", kCall,
+                        p == nullptr ? "p" : "q");
+  }
+  *p = *q = 0;
+  if (problem->has_gemm || problem->m == 0 || problem->n == 0) return FXFUSE_OK;
+  const fxfuse::Device* device;
+  status = fxfuse::CurrentDevice(kCall, &device);
+  if (status != FXFUSE_OK) return status;
+  fxfuse::Choice choice;
+  status = fxfuse::Choose(kCall, *problem, nullptr, *device, &choice);
+  if (status != FXFUSE_OK) return status;
+  fxfuse::PartialSums(*problem, *device, *choice.pointwise, p, q);
+  return FXFUSE_OK;
+}
+
 fxfuse_status fxfuse_cuda_split(const fxfuse_split* matrices, int count, void* stream) {
   constexpr const char* kCall = "fxfuse_cuda_split";
   fxfuse_status status = fxfuse::CheckSplit(kCall, matrices, count);

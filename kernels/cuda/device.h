@@ -15,6 +15,7 @@ struct Device {
   DeviceLimits limits;
   // Blocks of each pointwise kernel that are resident at a time, on the whole device.
   int pointwise_blocks[kPointwiseKernels];
+  int sums_blocks[kPointwiseKernels];  // of its form with sums
 };
 
 // FXFUSE_RUNTIME_ERROR that says what `call` was at. Takes the error off the runtime's record: it

@@ -221,12 +221,14 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
     device->operand[i] =
         TranslateOperand(program.operand[i], pointers[FXFUSE_PTR_OPERAND + i], problem.m);
   }
+  device->output_count = program.output_count;
   for (int i = 0; i < program.output_count; ++i) {
     const fxfuse_output& output = program.output[i];
     DeviceOutput& to = device->output[i];
     to.data = pointers[FXFUSE_PTR_OUTPUT + i];
     to.row_stride = output.row_stride;
     to.dtype = static_cast<uint8_t>(output.dtype);
+    to.sum = static_cast<uint8_t>(output.sum);
     to.vector = VectorAligned(to.data, output.row_stride, problem.m, output.dtype);
   }
   FindVectorOperands(problem, device);
@@ -249,6 +251,13 @@ MathLevel RequiredMath(const fxfuse_problem& problem) {
     if (dtype != FXFUSE_BF16) level = MathLevel::kHalf;
   }
   return level;
+}
+
+bool HasSums(const fxfuse_problem& problem) {
+  for (int i = 0; i < problem.program.output_count; ++i) {
+    if (problem.program.output[i].sum != FXFUSE_SUM_NONE) return true;
+  }
+  return false;
 }
 
 }  // namespace fxfuse

@@ -34,7 +34,8 @@ struct DeviceOutput {
   int64_t row_stride;
   uint8_t dtype;   // fxfuse_dtype
   uint8_t vector;  // aligned for vector stores
-  uint8_t reserved[6];
+  uint8_t sum;     // fxfuse_sum; `data` are then partial sums
+  uint8_t reserved[5];
 };
 
 // Rows and columns are counted by 32-bit integers, and tiles may overhang the matrix.
@@ -84,6 +85,7 @@ struct DeviceProgram {
   fxfuse_instruction instruction[kMaxDeviceInstructions];
   DeviceOperand operand[FXFUSE_MAX_OPERANDS + 1];
   DeviceOutput output[FXFUSE_MAX_OUTPUTS];
+  int32_t output_count;
   int32_t chain_count;  // instructions of the program if it is a chain (with no more steps), else 0
   int32_t chain_output;
   uint64_t chain_codes;  // a ChainCode for each step in four bits, the first in the lowest
@@ -110,6 +112,9 @@ constexpr int kNoChain = -1;
 int ChainDtype(const fxfuse_problem& problem, void* const* pointers);
 
 MathLevel RequiredMath(const fxfuse_problem& problem);
+
+// Whether any output is summed.
+bool HasSums(const fxfuse_problem& problem);
 
 // Whether rows of a matrix all start at multiples of `bytes`; the stride of a single row is moot.
 bool RowsAligned(const void* data, int64_t row_stride, int64_t rows, int dtype, int bytes);

@@ -226,7 +226,7 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   const std::vector<In> accumulator = Random<In>(m * stride);
   Case<Out> test(m, n, padding);
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
+      DividePointwise({"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
   PointwiseArguments arguments = {};
   arguments.accumulator = accumulator.data();
   arguments.row_stride = stride;
@@ -295,6 +295,92 @@ void TestChains() {
   TestChain("copy", {{Opcode::copy}}, {});
 }
 
+// x + row, stored, and its sums over rows, columns and all.
+template <class In, int kWidth, int kGroups>
+void TestSums(int64_t m, int64_t n, int resident) {
+  using Config = PointwiseConfig<HostMath, kWidth, kGroups, kWidth == 8>;
+  const PointwiseKernel kernel = {"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups};
+  const std::vector<In> accumulator = Random<In>(m * n);
+  const std::vector<float> row = Random<float>(n);
+  const PointwiseGrid grid = DividePointwise(kernel, m, n);
+  const PointwiseStrips strips = DivideSums(grid, resident);
+
+  fxfuse_problem problem = {};
+  problem.m = m, problem.n = n, problem.lda = n, problem.input_dtype = kDtype<In>;
+  fxfuse_program& program = problem.program;
+  program.instruction_count = program.output_count = 4;
+  program.operand_count = 1;
+  program.operand[0] = {0, 1, 1, m, FXFUSE_F32, 0};
+  const fxfuse_sum kinds[] = {FXFUSE_SUM_ROWS, FXFUSE_SUM_NONE, FXFUSE_SUM_ALL, FXFUSE_SUM_COLUMNS};
+  for (int i = 0; i < 4; ++i) {
+    fxfuse_instruction& op = program.instruction[i];
+    op.opcode = static_cast<uint16_t>(i == 0 ? Opcode::add : Opcode::copy);
+    op.arity = i == 0 ? 2 : 1;
+    op.source[1] = FXFUSE_FROM_OPERAND;
+    op.save = -1, op.store = static_cast<int8_t>(i);
+    program.output[i] = {n, FXFUSE_F32, kinds[i]};
+  }
+  constexpr float kUntouched = -12345.0f;
+  std::vector<float> output[4] = {std::vector<float>(strips.p * n, kUntouched),
+                                  std::vector<float>(m * n, kUntouched),
+                                  std::vector<float>(strips.p * strips.q, kUntouched),
+                                  std::vector<float>(m * strips.q, kUntouched)};
+  void* pointers[FXFUSE_PTR_COUNT] = {};
+  pointers[FXFUSE_PTR_OPERAND] = const_cast<float*>(row.data());
+  for (int i = 0; i < 4; ++i) pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
+
+  PointwiseArguments arguments = {};
+  arguments.accumulator = accumulator.data();
+  arguments.row_stride = n;
+  arguments.dtype = kDtype<In>;
+  arguments.vector = VectorAligned(accumulator.data(), n, m, kDtype<In>);
+  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
+  arguments.column_blocks = grid.column_blocks;
+  arguments.row_blocks = grid.row_blocks;
+  arguments.strip_blocks = strips.strip_blocks;
+  TranslateProgram(problem, pointers, &arguments.program);
+  emulation::Launch(static_cast<int>(grid.column_blocks * strips.p), kPointwiseThreads,
+                    [&] { PointwiseSums<Config>(arguments); });
+
+  const auto value = [&](int64_t i, int64_t j) -> double {
+    return static_cast<float>(accumulator[i * n + j]) + row[j];
+  };
+  // Errors relative to the sum of magnitudes.
+  double worst = 0;
+  const auto compare = [&](double found, double expected, double size) {
+    const double error = std::abs(found - expected) / size;
+    worst = error <= worst ? worst : error;
+  };
+  double all = 0, size_of_all = 0, found_all = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    double expected = 0, size = 0, found = 0;
+    for (int64_t i = 0; i < m; ++i) {
+      compare(output[1][i * n + j], value(i, j), 1);
+      expected += value(i, j);
+      size += std::abs(value(i, j));
+    }
+    for (int64_t i = 0; i < strips.p; ++i) found += output[0][i * n + j];
+    compare(found, expected, size);
+    all += expected;
+    size_of_all += size;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    double expected = 0, size = 0, found = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      expected += value(i, j);
+      size += std::abs(value(i, j));
+    }
+    for (int64_t j = 0; j < strips.q; ++j) found += output[3][i * strips.q + j];
+    compare(found, expected, size);
+  }
+  for (const float part : output[2]) found_all += part;
+  compare(found_all, all, size_of_all);
+  const bool good = worst <= 5e-7;
+  failures += !good;
+  printf("%-6s %-24s %4ld x %-5ld error %.1e, %u x %u parts\n", good ? "ok" : "FAILED", "sums",
+         static_cast<long>(m), static_cast<long>(n), worst, strips.p, strips.q);
+}
+
 void RunAll() {
   TestChains();
   using Bf16 = __nv_bfloat16;
@@ -337,6 +423,15 @@ void RunAll() {
   TestPointwise<Bf16, float, 4, 4>(1, 3000, 0, 7);
   TestPointwise<float, Bf16, 8, 2>(300, 1, 0, 7);
   TestPointwise<Bf16, Bf16, 8, 2>(64, 6144, 0, 11);
+  TestSums<float, 4, 4>(100, 132, 5);
+  TestSums<float, 4, 4>(65, 4097, 7);
+  TestSums<float, 4, 4>(700, 3, 4);
+  TestSums<float, 4, 4>(9, 2048, 40);
+  TestSums<__nv_bfloat16, 8, 2>(130, 520, 9);
+  TestSums<__half, 8, 2>(1000, 24, 3);
+  TestSums<__nv_bfloat16, 8, 2>(300, 1, 2);
+  TestSums<__nv_bfloat16, 8, 2>(1, 6144, 7);
+  TestSums<float, 4, 4>(5000, 8, 1);
 }
 
 }  // namespace

@@ -12,6 +12,8 @@
 
 #include <stddef.h>
 
+#include <type_traits>
+
 #include "device_program.h"
 #include "memory.cuh"
 #include "pointwise.h"
@@ -74,14 +76,19 @@ class Decoded {
   uint32_t word_[5];
 };
 
-template <class Fragment, class Math>
+// In place of sums, for kernels whose problems have none.
+struct NoSums {};
+
+// Sums: what takes the values of outputs that are summed, by Add(program, output, at, values).
+template <class Fragment, class Math, class Sums = NoSums>
 struct Interpreter {
   static constexpr int kSize = Fragment::kSize;
+  static constexpr bool kSums = !std::is_same<Sums, NoSums>::value;
   using Values = float[kSize];
 
   // Leaves the program's last value in `v`, beginning at instruction `first`.
   static __device__ __forceinline__ void Run(const DeviceProgram& program, const Fragment& at,
-                                             Values& v, int first = 0) {
+                                             Values& v, int first = 0, Sums sums = {}) {
     Slots slot;
     Values b = {};
     Decoded next(program, first);
@@ -95,7 +102,15 @@ struct Interpreter {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) slot[instruction.save()][j] = v[j];
       }
-      if (instruction.store() >= 0) Store(program, program.output[instruction.store()], at, v);
+      if (instruction.store() < 0) continue;
+      const DeviceOutput& output = program.output[instruction.store()];
+      if constexpr (kSums) {
+        if (output.sum != FXFUSE_SUM_NONE) {
+          sums.Add(program, instruction.store(), at, v);
+          continue;
+        }
+      }
+      Store(program, output, at, v);
     }
   }
 

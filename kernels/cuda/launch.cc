@@ -49,10 +49,27 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
   arguments.column_blocks = grid.column_blocks;
   arguments.row_blocks = grid.row_blocks;
   TranslateProgram(problem, pointers, &arguments.program);
+  if (HasSums(problem)) {
+    const PointwiseStrips strips =
+        DivideSums(grid, device.sums_blocks[static_cast<int>(kernel.math)]);
+    arguments.strip_blocks = strips.strip_blocks;
+    const int shared_bytes = SumBytes(kernel) * problem.program.output_count;
+    return Launch(call, kernel.name, kernel.sums, int64_t{grid.column_blocks} * strips.p,
+                  kPointwiseThreads, shared_bytes, &arguments, stream);
+  }
   const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
   const int64_t resident = device.pointwise_blocks[static_cast<int>(kernel.math)];
   return Launch(call, kernel.name, kernel.function, all < resident ? all : resident,
                 kPointwiseThreads, 0, &arguments, stream);
+}
+
+void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
+                 int64_t* p, int64_t* q) {
+  const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
+  const PointwiseStrips strips =
+      DivideSums(grid, device.sums_blocks[static_cast<int>(kernel.math)]);
+  *p = strips.p;
+  *q = strips.q;
 }
 
 fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,

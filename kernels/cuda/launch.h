@@ -21,6 +21,9 @@ fxfuse_status Launch(const char* call, const char* kernel, const void* function,
 fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
                               void* const* pointers, const Device& device,
                               const PointwiseKernel& kernel, void* stream);
+// The parts into which LaunchPointwise divides a problem with sums.
+void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
+                 int64_t* p, int64_t* q);
 fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
                              const PortableKernel& kernel, void* stream);
 

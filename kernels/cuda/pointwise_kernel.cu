@@ -13,6 +13,72 @@
 #include "pointwise_kernel.h"
 
 namespace fxfuse {
+
+// Sums over what the threads of a block compute. Over rows and over all each thread adds up its own
+// columns, in shared memory, because registers cannot be indexed by the output; over columns a warp
+// writes what its threads have of a row.
+template <class Fragment>
+class BlockSums {
+ public:
+  static constexpr int kWidth = Fragment::kWidth;
+
+  __device__ __forceinline__ BlockSums(const PointwiseArguments& arguments, uint32_t column_block)
+      : lanes_(1u << arguments.log2_lanes),
+        segments_(lanes_ > 32 ? lanes_ / 32 : 1),
+        parts_(arguments.column_blocks * segments_),
+        part_(column_block * segments_ + (threadIdx.x & (lanes_ - 1)) / 32) {}
+
+  __device__ __forceinline__ uint32_t segments() const { return segments_; }
+  __device__ __forceinline__ uint32_t parts() const { return parts_; }
+
+  // The block's shared memory: [output][kWidth][kPointwiseThreads].
+  static __device__ __forceinline__ float& Total(int output, int column, uint32_t thread) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    return reinterpret_cast<float*>(
+        shared)[(output * kWidth + column) * kPointwiseThreads + thread];
+  }
+
+  // Called by all threads of a warp at once, those outside the matrix included.
+  __device__ __forceinline__ void Add(const DeviceProgram& program, int index, const Fragment& at,
+                                      const float (&v)[Fragment::kSize]) const {
+    const DeviceOutput& output = program.output[index];
+    if (output.sum == FXFUSE_SUM_COLUMNS) {
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          sum += at.Column(g) + j < program.columns ? v[g * kWidth + j] : 0.0f;
+        }
+        for (uint32_t other = min(lanes_, 32u) / 2; other > 0; other /= 2) {
+          sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        }
+        const bool writes = (threadIdx.x & (min(lanes_, 32u) - 1)) == 0;
+        if (writes && at.Row(g) < program.rows) {
+          static_cast<float*>(output.data)[int64_t{at.Row(g)} * parts_ + part_] = sum;
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        const bool inside = at.Row(g) < program.rows && at.Column(g) + j < program.columns;
+        sum += inside ? v[g * kWidth + j] : 0.0f;
+      }
+      Total(index, j, threadIdx.x) += sum;
+    }
+  }
+
+ private:
+  uint32_t lanes_;
+  uint32_t segments_;  // of a row, one per warp
+  uint32_t parts_;     // of a whole row
+  uint32_t part_;
+};
+
 namespace {
 
 template <class Math_, int kWidth, int kGroups, bool kPrefetch_>
@@ -132,10 +198,92 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
   }
 }
 
+// Whether an output is added up from top to bottom.
+__device__ __forceinline__ bool AddsRows(const DeviceProgram& program, int output) {
+  const uint8_t sum = program.output[output].sum;
+  return sum == FXFUSE_SUM_ROWS || sum == FXFUSE_SUM_ALL;
+}
+
+// As PointwiseProgram, for problems with summed outputs. A block goes down strip_blocks blocks of
+// rows, so that it can add up columns.
+template <class Config>
+__global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
+    PointwiseSums(const __grid_constant__ PointwiseArguments arguments) {
+  using Fragment = typename Config::Fragment;
+  using Sums = BlockSums<Fragment>;
+  constexpr int kWidth = Fragment::kWidth;
+  const DeviceProgram& program = arguments.program;
+
+  // Setup.
+  const uint32_t lanes = 1u << arguments.log2_lanes;
+  const uint32_t lane = threadIdx.x & (lanes - 1);
+  const uint32_t line = threadIdx.x >> arguments.log2_lanes;
+  const uint32_t lines = kPointwiseThreads >> arguments.log2_lanes;
+  const uint32_t strip = blockIdx.x / arguments.column_blocks;
+  const uint32_t column_block = blockIdx.x % arguments.column_blocks;
+  const uint32_t first = strip * arguments.strip_blocks;
+  const uint32_t last = min(first + arguments.strip_blocks, arguments.row_blocks);
+  const Sums sums(arguments, column_block);
+#pragma unroll 1
+  for (int o = 0; o < program.output_count; ++o) {
+    if (!AddsRows(program, o)) continue;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) Sums::Total(o, j, threadIdx.x) = 0.0f;
+  }
+
+  // Loads of one fragment, program, stores and sums. Threads beyond the last column take part: they
+  // read what is inside and store nothing.
+#pragma unroll 1
+  for (uint32_t block = first; block < last; ++block) {
+    const Fragment at(block * lines * Fragment::kGroups + line, lines,
+                      (column_block * lanes + lane) * kWidth);
+    RawFragment<Fragment> raw;
+    raw.Load(arguments, at);
+    float values[Fragment::kSize];
+    raw.Unpack(arguments.dtype, values);
+    Interpreter<Fragment, typename Config::Math, Sums>::Run(program, at, values, 0, sums);
+  }
+
+  // Sums of the block, in a fixed order: columns by line, or threads by number.
+  __syncthreads();
+#pragma unroll 1
+  for (int o = 0; o < program.output_count; ++o) {
+    if (!AddsRows(program, o)) continue;
+    float* to = static_cast<float*>(program.output[o].data);
+    if (program.output[o].sum == FXFUSE_SUM_ROWS) {
+      for (uint32_t c = threadIdx.x; c < lanes * kWidth; c += kPointwiseThreads) {
+        const uint32_t column = column_block * lanes * kWidth + c;
+        if (column >= program.columns) continue;
+        double sum = 0.0;  // of up to 256 terms, one after another
+        for (uint32_t i = 0; i < lines; ++i) {
+          sum += Sums::Total(o, c % kWidth, i * lanes + c / kWidth);
+        }
+        to[int64_t{strip} * program.columns + column] = static_cast<float>(sum);
+      }
+      continue;
+    }
+    if (threadIdx.x >= 32) continue;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < kPointwiseThreads; i += 32) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum += Sums::Total(o, j, i);
+    }
+    for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    if (threadIdx.x < sums.segments()) {
+      to[int64_t{strip} * sums.parts() + column_block * sums.segments() + threadIdx.x] =
+          threadIdx.x == 0 ? sum : 0.0f;
+    }
+  }
+}
+
 template <class Config>
 PointwiseKernel Describe(const char* name, MathLevel math) {
   using Fragment = typename Config::Fragment;
-  return {name, reinterpret_cast<const void*>(&PointwiseProgram<Config>), math, Fragment::kWidth,
+  return {name,
+          reinterpret_cast<const void*>(&PointwiseProgram<Config>),
+          reinterpret_cast<const void*>(&PointwiseSums<Config>),
+          math,
+          Fragment::kWidth,
           Fragment::kGroups};
 }
 
@@ -166,6 +314,17 @@ PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t 
   const int64_t lines = (kPointwiseThreads >> log2_lanes) * int64_t{kernel.groups};
   return {log2_lanes, static_cast<uint32_t>(CeilDivide(vectors, int64_t{1} << log2_lanes)),
           static_cast<uint32_t>(CeilDivide(m, lines))};
+}
+
+PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident) {
+  // Enough parts to fill the device, and no sum of too many terms one after another.
+  constexpr uint32_t kMaxStrip = 32;
+  const uint32_t wanted = static_cast<uint32_t>(CeilDivide(resident, grid.column_blocks));
+  const uint32_t even = static_cast<uint32_t>(CeilDivide(grid.row_blocks, wanted));
+  const uint32_t strip = even < kMaxStrip ? even : kMaxStrip;
+  const uint32_t segments = grid.log2_lanes > 5 ? 1u << (grid.log2_lanes - 5) : 1;
+  return {strip, static_cast<uint32_t>(CeilDivide(grid.row_blocks, strip)),
+          grid.column_blocks * segments};
 }
 
 }  // namespace fxfuse

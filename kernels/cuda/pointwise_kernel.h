@@ -18,14 +18,17 @@ struct PointwiseArguments {
   uint8_t reserved;
   uint32_t column_blocks;  // blocks side by side in a row
   uint32_t row_blocks;     // blocks below each other
+  uint32_t strip_blocks;   // of those below each other, how many one block takes; with sums only
   DeviceProgram program;
 };
 static_assert(sizeof(PointwiseArguments) <= 4096, "the limit of kernel parameters");
 
-// A compiled kernel, one per math level. A thread takes `groups` rows of `width` columns.
+// A compiled kernel, one per math level. A thread takes `groups` rows of `width` columns. `sums`
+// serves problems with summed outputs.
 struct PointwiseKernel {
   const char* name;
   const void* function;
+  const void* sums;
   MathLevel math;
   int8_t width;
   int8_t groups;
@@ -42,6 +45,19 @@ struct PointwiseGrid {
   uint32_t row_blocks;
 };
 PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n);
+
+// How a problem with sums is divided: blocks below each other that one block takes, and the parts,
+// P and Q of fxfuse_output. resident: blocks that fill the device.
+struct PointwiseStrips {
+  uint32_t strip_blocks;
+  uint32_t p, q;
+};
+PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
+
+// Shared memory of a block with sums, for each output.
+constexpr int SumBytes(const PointwiseKernel& kernel) {
+  return kPointwiseThreads * kernel.width * static_cast<int>(sizeof(float));
+}
 
 }  // namespace fxfuse
 

@@ -89,11 +89,25 @@ typedef struct {
   int32_t reserved;
 } fxfuse_operand;
 
+// Over what an output is summed.
+typedef enum {
+  FXFUSE_SUM_NONE = 0,
+  FXFUSE_SUM_ROWS = 1,     // over all rows, to [N]
+  FXFUSE_SUM_COLUMNS = 2,  // over all columns, to [M]
+  FXFUSE_SUM_ALL = 3       // to one number
+} fxfuse_sum;
+
 // A stored matrix [M, N]; columns are adjacent, rows are row_stride elements apart.
+// With a sum, without GEMM only: F32 partial sums instead, rows adjacent, each of one part of the
+// matrix, which is divided into P parts from top to bottom and Q from left to right:
+//   SUM_ROWS [P, N], SUM_COLUMNS [M, Q], SUM_ALL [P, Q]
+// dtype is then what the total will be rounded to, which says how exact the terms must be.
+// P and Q are what fxfuse_cpu_partials and fxfuse_cuda_partials say. The same problem has the same
+// parts at each call, so that equal calls give equal bits.
 typedef struct {
-  int64_t row_stride;
+  int64_t row_stride;  // unused with a sum
   int32_t dtype;
-  int32_t reserved;
+  int32_t sum;  // fxfuse_sum
 } fxfuse_output;
 
 typedef struct {
@@ -182,6 +196,9 @@ FXFUSE_API fxfuse_status fxfuse_cpu_set_isa(const char* name);
 FXFUSE_API fxfuse_status fxfuse_cpu_run(const fxfuse_problem* problem, void* const* pointers,
                                         int threads);
 
+// The parts (see fxfuse_output) into which fxfuse_cpu_run divides a problem with sums.
+FXFUSE_API fxfuse_status fxfuse_cpu_partials(const fxfuse_problem* problem, int64_t* p, int64_t* q);
+
 // libfxfuse_cuda ----------------------------------------------------------------------------------
 
 // Prepares the current device (loads kernels, raises shared-memory limits), so that later calls
@@ -193,6 +210,11 @@ FXFUSE_API fxfuse_status fxfuse_cuda_choose(const fxfuse_problem* problem, int32
 // Enqueues a problem on `stream` (a cudaStream_t) of the current device.
 FXFUSE_API fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointers,
                                          void* stream);
+
+// The parts (see fxfuse_output) into which fxfuse_cuda_run divides a problem with sums on the
+// current device.
+FXFUSE_API fxfuse_status fxfuse_cuda_partials(const fxfuse_problem* problem, int64_t* p,
+                                              int64_t* q);
 
 // An fp32 matrix S [rows, k] and where its fp16 planes go. Element (r, c) of S is
 //   source[r * row_stride + c * column_stride]
