@@ -19,7 +19,7 @@ import torch
 from . import recipes, reference
 from .backward import BIAS, WEIGHT, Plan, Saved, Work, X, plan, work
 from .infer import Tensors
-from .program import ACC, Operand
+from .program import ACC, BARE, Operand
 from .recipes import Static
 from .routes import reduced
 from .torch_ops import VIEW_TRACKING, any_autocast, by_reference
@@ -54,8 +54,18 @@ def differentiable(
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of a [M, K] and b [K, N], either of which may be a transposed view."""
-    return torch.mm(a, b)
+    """`a @ b` of a [M, K] and b [K, N], either of which may be a transposed view.
+
+    fp32 on CUDA is served as a fused call is, everything else is torch's own product.
+    """
+    if not a.is_cuda or a.dtype != torch.float32:
+        return torch.mm(a, b)
+    transposed = b.stride(1) == 1
+    weight = b if transposed else b.t()
+    static = Static(BARE, transposed, (), (), "a backward's product")
+    needed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    serve = differentiable if needed else recipes.run
+    return serve(a, weight, None, (), static)[0]
 
 
 class _Fused(torch.autograd.Function):

@@ -284,6 +284,7 @@ def _planes_recipe(
     """Two launches: fp32 inputs to planes of fp16, and their product with the chain."""
     rows, columns = rows_and_columns(result.acc_shape)
     copies, lda = flatten_rows(call.x)
+    turned = copies and call.x.dim() == 2 and call.x.stride(0) == 1  # which `split` reads as it is
     k, planes = call.x.shape[-1], _PLANES[precision]
     stride = plane_stride(k)
     bias_dtype = None if call.bias is None else call.bias.dtype
@@ -310,8 +311,11 @@ def _planes_recipe(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
     ) -> list:
         assert weight is not None
-        x = x.contiguous() if copies else x
-        matrix = x.as_strided((rows, k), (lda, 1))
+        if turned:
+            matrix = x
+        else:
+            x = x.contiguous() if copies else x
+            matrix = x.as_strided((rows, k), (lda, 1))
         if frozen.is_marked(weight):
             (a,) = split(matrix, planes=planes)
             b = frozen.prepared(weight, ("planes", planes, transposed), planes_of)
