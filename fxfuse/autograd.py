@@ -5,19 +5,23 @@ the forward kept and the incoming gradients; it gives dZ, and the operands' grad
 
     dX = dZ W        dW = dZ^T X        db = dZ summed over its rows
 
-What a forward keeps is an output of its autograd node, so where gradients are differentiated in
-turn, the backward is one more fused call, and autograd finds its way through it.
+In autograd's graph a call is two nodes, as it is in eager: the product, whose output is z, and the
+chain, which takes z. The forward of both is one call; between their backwards, what only the chain
+needed is let go. Where z is not kept it is a stand-in of no memory. What is kept is an output of a
+node, so where gradients are differentiated in turn the chain's backward is one more fused call, and
+autograd finds its way through it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import recipes, reference
-from .backward import BIAS, WEIGHT, Plan, Saved, Work, X, plan, work
+from .backward import BIAS, WEIGHT, Plan, Saved, Work, X, Z, plan, work
 from .infer import Tensors
 from .program import ACC, BARE, Operand
 from .recipes import Static
@@ -26,6 +30,7 @@ from .torch_ops import VIEW_TRACKING, any_autocast, by_reference
 from .vjp import Incoming, Reduction, Source, Stored, Variable
 
 Given = dict[Saved | Incoming, torch.Tensor]
+Summed = dict[tuple[Variable, Reduction], torch.Tensor]
 
 
 def differentiable(
@@ -50,7 +55,37 @@ def differentiable(
         found = recipes.remembered(key, lambda: plan(x, weight, bias, operands, static))
     if found is None:
         return by_reference(x, weight, bias, operands, static)
-    return _Fused.apply(found, x, weight, bias, *operands)[: found.outputs]
+    link = _Link(x, weight, bias, operands)
+    z: torch.Tensor | None = x
+    if weight is not None:
+        z = _Product.apply(found, link, x, weight, bias) if any(needs[:3]) else None
+    return _Chain.apply(found, link, z, *operands)[: found.outputs]
+
+
+class _Link:
+    """What the nodes of one call share: until the forward is over, its tensors and, computed with
+    the product, its outputs; then a gradient of z and its sum over rows, computed with the chain's.
+
+    Tensors a node takes for its forward alone are no inputs of it: autograd would wait for them.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        operands: Tensors,
+    ) -> None:
+        self.tensors: Any = (x, weight, bias, operands)
+        self.outputs: list[torch.Tensor] | None = None
+        self.dz: torch.Tensor | None = None
+        self.db: torch.Tensor | None = None
+
+    def run(self, made: Plan) -> list[torch.Tensor]:
+        # Reshapes inside the call are nobody's business: an output that counts as a view could not
+        # be written in place.
+        with torch._C._ExcludeDispatchKeyGuard(VIEW_TRACKING):
+            return made.recipe.run(*self.tensors)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -68,20 +103,67 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return serve(a, weight, None, (), static)[0]
 
 
-class _Fused(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """z = x W^T + b."""
+
     @staticmethod
-    def forward(ctx: Any, made: Plan, *tensors: torch.Tensor | None) -> Any:
-        x, weight, bias, *operands = tensors
-        assert x is not None
-        # Reshapes inside the call are nobody's business: an output that counts as a view could
-        # not be written in place.
+    def forward(
+        ctx: Any,
+        made: Plan,
+        link: _Link,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> Any:
+        link.outputs = link.run(made)
+        ctx.plan, ctx.link = made, link
+        of_x, of_weight, _ = made.needs[:3]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.shape, ctx.bias = x.shape, None if bias is None else (bias.shape, bias.dtype)
+        if made.keeps_z:
+            return link.outputs.pop()
         with torch._C._ExcludeDispatchKeyGuard(VIEW_TRACKING):
-            outputs = made.recipe.run(x, weight, bias, operands)  # type: ignore[arg-type]
-        inputs = {X: x, WEIGHT: weight, BIAS: bias}
-        ctx.plan = made
+            return x.new_empty((), dtype=made.dtype).expand(made.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dz: torch.Tensor) -> Any:
+        made: Plan = ctx.plan
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = made.needs[:3]
+        flat = dz.reshape(-1, dz.shape[-1])
+        dx = dw = db = None
+        with _as_forward(dz):
+            if of_x:
+                dx = product(flat, weight.t() if made.transposed else weight).view(ctx.shape)
+            if of_weight:
+                x = x.reshape(-1, x.shape[-1])
+                dw = product(x.t(), flat) if made.transposed else product(flat.t(), x)
+            if of_bias:
+                shape, dtype = ctx.bias
+                db = ctx.link.db if dz is ctx.link.dz else None
+                db = (reduced(dz, Reduction.ROWS) if db is None else db).to(dtype).reshape(shape)
+        ctx.link.dz = ctx.link.db = None
+        return None, None, dx, dw, db
+
+
+class _Chain(torch.autograd.Function):
+    """program(z, operands)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, made: Plan, link: _Link, z: torch.Tensor | None, *operands: torch.Tensor
+    ) -> Any:
+        outputs, link.outputs = link.outputs, None
+        if outputs is None:  # nothing that z is made of needs a gradient
+            outputs = link.run(made)
+            z = outputs.pop() if made.keeps_z else z
+        x, weight, bias, _ = link.tensors
+        link.tensors = None
+        named = {Z: z, X: x, WEIGHT: weight, BIAS: bias}
+        ctx.plan, ctx.link = made, link
         ctx.save_for_backward(
             *(
-                inputs[s]
+                named[s]
                 if isinstance(s, str)
                 else outputs[s.output]
                 if isinstance(s, Stored)
@@ -89,8 +171,8 @@ class _Fused(torch.autograd.Function):
                 for s in made.saved
             )
         )
-        ctx.shapes = [None if t is None else t.shape for t in tensors]
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.shapes = [o.shape for o in operands]
+        ctx.dtypes = [o.dtype for o in operands]
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -101,27 +183,36 @@ class _Fused(torch.autograd.Function):
         given: Given = dict(zip(made.saved, ctx.saved_tensors, strict=True))
         incoming = tuple(i for i, g in enumerate(grads) if g is not None)
         if not incoming:
-            return (None,) * (1 + len(made.needs))
+            return (None,) * (3 + len(ctx.shapes))
         given |= {Incoming(i): g for i, g in enumerate(grads) if g is not None}
         done = work(made, incoming)
-        if not any_autocast():
-            return None, *_gradients(made, done, given, ctx.shapes, ctx.dtypes)
-        # Autocast around `backward` is none of the forward's, which ran without.
-        some = next(iter(given.values()))
-        with torch.autocast(some.device.type, enabled=False):
-            return None, *_gradients(made, done, given, ctx.shapes, ctx.dtypes)
+        with _as_forward(given[Incoming(incoming[0])]):
+            again = torch.is_grad_enabled()
+            summed = _recorded(made, done, given) if again else _run(made, done, given)
+            dz, *of_operands = _gradients(made, given, summed, ctx.shapes, ctx.dtypes)
+        if not again:
+            ctx.link.dz, ctx.link.db = dz, summed.get((ACC, Reduction.ROWS))
+        return None, None, dz, *of_operands
+
+
+def _as_forward(tensor: torch.Tensor) -> Any:
+    """Autocast around `backward` is none of the forward's, which ran without."""
+    if any_autocast():
+        return torch.autocast(tensor.device.type, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _gradients(
     made: Plan,
-    done: Work,
     given: Given,
-    shapes: Sequence[torch.Size | None],
-    dtypes: Sequence[torch.dtype | None],
+    summed: Summed,
+    shapes: Sequence[torch.Size],
+    dtypes: Sequence[torch.dtype],
 ) -> list[torch.Tensor | None]:
-    """The gradients of x, weight, bias and each operand; None where none is needed or comes."""
-    again = torch.is_grad_enabled()
-    summed = _recorded(made, done, given) if again else _run(made, done, given)
+    """The gradients of z and of each operand; None where none is needed or comes."""
 
     def whole(variable: Variable, over: Reduction, shape: torch.Size) -> torch.Tensor | None:
         gradient = summed.get((variable, over))
@@ -130,20 +221,16 @@ def _gradients(
             return some.new_zeros(shape) if variable in made.flat else None
         return gradient if gradient.shape == shape else _sum_to(gradient, shape)
 
-    of_x, of_weight, of_bias = made.needs[:3]
-    x, _, bias, *operands = shapes
-    found: list[torch.Tensor | None] = [None] * len(shapes)
-    if of_x or of_weight:
-        dz = whole(ACC, Reduction.NONE, torch.Size(made.shape))
-        if dz is not None:
-            found[:2] = _through_product(made, dz, given, x)
-    if of_bias and bias is not None:
-        found[2] = whole(ACC, Reduction.ROWS, bias)
+    found: list[torch.Tensor | None] = [None] * (1 + len(shapes))
     for variable, over, _ in made.asked:
-        shape = operands[variable.index] if isinstance(variable, Operand) else None
-        if shape is not None:
-            found[3 + variable.index] = whole(variable, over, shape)
-    return [g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+        if isinstance(variable, Operand):
+            gradient = whole(variable, over, shapes[variable.index])
+            dtype = dtypes[variable.index]
+            found[1 + variable.index] = None if gradient is None else gradient.to(dtype)
+        elif over is Reduction.NONE:
+            gradient = whole(ACC, over, torch.Size(made.shape))
+            found[0] = None if gradient is None else gradient.to(made.dtype)
+    return found
 
 
 def _sum_to(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -152,39 +239,18 @@ def _sum_to(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return gradient.sum_to_size(shape)
 
 
-def _through_product(
-    made: Plan, dz: torch.Tensor, given: Given, shape: torch.Size | None
-) -> list[torch.Tensor | None]:
-    """dX and dW from dZ; where the call has no product, dZ is the gradient of x itself."""
-    assert shape is not None
-    of_x, of_weight = made.needs[:2]
-    if made.is_pointwise:
-        return [dz, None]
-    dz = dz.reshape(-1, dz.shape[-1])
-    dx = dw = None
-    if of_x:
-        weight = given[WEIGHT]
-        weight = weight.t() if made.forward.transposed else weight
-        dx = product(dz, weight).view(shape)
-    if of_weight:
-        x = given[X].reshape(-1, shape[-1])
-        dw = product(x.t(), dz) if made.forward.transposed else product(dz.t(), x)
-    return [dx, dw]
-
-
 def _source(made: Plan, given: Given, source: Source) -> torch.Tensor:
     if source == ACC:
         if made.recompute:
-            transposed = made.forward.transposed
-            return reference.linear(given[X], given[WEIGHT], given.get(BIAS), transposed)
-        return given[X] if made.is_pointwise else given[Stored(made.outputs)]
+            return reference.linear(given[X], given[WEIGHT], given.get(BIAS), made.transposed)
+        return given[Z]
     tensor = given[source]  # type: ignore[index]
     if isinstance(source, Operand) or made.views or tensor.shape == made.shape:
         return tensor
     return tensor.reshape(made.shape)
 
 
-def _run(made: Plan, done: Work, given: Given) -> dict[tuple[Variable, Reduction], torch.Tensor]:
+def _run(made: Plan, done: Work, given: Given) -> Summed:
     """The gradients, summed as asked, by one kernel."""
     outputs: Sequence[torch.Tensor] = ()
     if done.static is not None:
@@ -214,9 +280,7 @@ def _narrow(gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def _recorded(
-    made: Plan, done: Work, given: Given
-) -> dict[tuple[Variable, Reduction], torch.Tensor]:
+def _recorded(made: Plan, done: Work, given: Given) -> Summed:
     """The gradients, each whole, by a call that is differentiable in turn."""
     outputs: Sequence[torch.Tensor] = ()
     if done.plain is not None:

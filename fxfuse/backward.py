@@ -21,8 +21,8 @@ from .program import ACC, Instruction, Operand, Program, Value
 from .recipes import Recipe, Static
 from .vjp import Backward, Incoming, Reduction, Stored, Variable, reduction
 
-# Inputs of a call that are no operands, as a plan names what it saves.
-X, WEIGHT, BIAS = "x", "weight", "bias"
+# Tensors of a call that are no operands, as a plan names what it saves.
+X, WEIGHT, BIAS, Z = "x", "weight", "bias", "z"
 Saved = str | Operand | Stored
 Asked = tuple[Variable, Reduction, torch.dtype]
 Found = dict[tuple[Variable, Reduction], tuple[int | Incoming, Reduction]]
@@ -32,23 +32,24 @@ Found = dict[tuple[Variable, Reduction], tuple[int | Incoming, Reduction]]
 class Plan:
     """How the fused call `static` is differentiated.
 
-    forward: the call with what is kept as further outputs, served by `recipe`; the first `outputs`
-    are the caller's. is_pointwise: it has no product. program: the same as the backward sees it,
-    over an accumulator of `shape`. needs: whether x, weight, bias and each operand need a gradient.
-    asked: the gradients of the program's variables, with the sum each needs and the dtype to have
-    it in. flat: variables whose gradient is zero, whatever comes in. saved: what the backward is
-    given. from_z: it starts from z (`vjp`), which `recompute` says is computed again; else from
-    outputs (`without_z`), of which it may read `stored`. works: what to run for each set of
-    incoming gradients met so far.
+    recipe: of the call with what is kept as further outputs; the first `outputs` are the caller's,
+    and z, where it is kept, the last. program: as the chain's backward sees it, over an accumulator
+    of `shape` and `dtype`, with kept values other than z as outputs. needs: whether x, weight, bias
+    and each operand need a gradient. asked: the gradients of the program's variables, with the sum
+    each needs and the dtype to have it in. flat: variables whose gradient is zero, whatever comes
+    in. saved: what the chain's backward is given. from_z: it starts from z (`vjp`), which
+    `recompute` says is computed again; else from outputs (`without_z`), of which it may read
+    `stored`. works: what to run for each set of incoming gradients met so far.
     """
 
     static: Static
-    forward: Static
     recipe: Recipe
+    transposed: bool
     outputs: int
-    is_pointwise: bool
+    keeps_z: bool
     program: Program
     shape: tuple[int, ...]
+    dtype: torch.dtype
     views: tuple[tuple[int, ...], ...]
     needs: tuple[bool, ...]
     wrt: tuple[Variable, ...]
@@ -115,28 +116,28 @@ def plan(
         recipes.note(static, "reference", refusal)
         recipes.note_backward(static, f"reference: {refusal}")
         return None
-    forward = static
     if choice.kept:
-        wide = replace(call, program=storing(call.program, choice.kept))
-        forward, recipe = static._replace(program=str(wide.program)), routes.prepare(wide)
+        recipe = routes.prepare(replace(call, program=storing(call.program, choice.kept)))
     recipes.note(static, recipe.route, recipe.reason)
     words = in_words(call.program, choice) if refusal is None else f"reference: {refusal}"
     recipes.note_backward(static, words)
-    program = storing(flat.program, choice.kept)
+    keeps_z = choice.kept == (ACC,)
+    program = flat.program if keeps_z else storing(flat.program, choice.kept)
     return Plan(
         static=static,
-        forward=forward,
         recipe=recipe,
         outputs=len(call.program.outputs),
-        is_pointwise=weight is None,
+        transposed=static.transposed,
+        keeps_z=keeps_z,
         program=program,
         shape=result.acc_shape,
+        dtype=result.acc_dtype,
         views=call.views if _views(program) else (),
         needs=needs,
         wrt=wrt,
         asked=tuple(_asked(call, result, needs, wrt)),
         flat=flat_variables(flat, result, wrt),
-        saved=tuple(_saved(flat, choice, program, wrt, needs)),
+        saved=tuple(_saved(choice, program, wrt, bias is not None)),
         from_z=choice.from_z,
         recompute=choice.recompute,
         stored=choice.stored,
@@ -164,35 +165,26 @@ def _flattened(program: Program) -> Program:
 
 
 def _saved(
-    call: Call,
-    choice: Choice,
-    program: Program,
-    wrt: tuple[Variable, ...],
-    needs: tuple[bool, ...],
+    choice: Choice, program: Program, wrt: tuple[Variable, ...], biased: bool
 ) -> Iterator[Saved]:
-    """What the backward is given of the call: factors of the products, and what programs read."""
-    of_x, of_weight, _ = needs[:3]
-    if of_weight or choice.recompute or (call.weight is None and choice.from_z):
-        yield X
-    if call.weight is not None and (of_x or choice.recompute):
-        yield WEIGHT
-    if call.bias is not None and choice.recompute:
-        yield BIAS
+    """What the chain's backward is given of the call: z, or what it is made of, and what programs
+    read."""
+    if choice.recompute:
+        yield from (X, WEIGHT, BIAS) if biased else (X, WEIGHT)
+    elif choice.from_z:
+        yield Z
     # With what is kept having gradients, too, as it has where a gradient is differentiated.
     whole = backward_of(program, wrt, None, choice.from_z, choice.stored)
     read = {*choice.backward.operands, choice.backward.acc, *whole.operands, whole.acc}
     yield from sorted((s for s in read if isinstance(s, Operand)), key=lambda s: s.index)
-    stored = {s.output for s in read if isinstance(s, Stored)}
-    if choice.from_z and choice.kept:
-        stored.add(len(call.program.outputs))
-    yield from map(Stored, sorted(stored))
+    yield from sorted((s for s in read if isinstance(s, Stored)), key=lambda s: s.output)
 
 
 def _asked(
     call: Call, result: Result, needs: tuple[bool, ...], wrt: tuple[Variable, ...]
 ) -> Iterator[Asked]:
     """The gradients to compute, and how each comes to its size."""
-    if needs[0] or needs[1]:
+    if any(needs[:3]):
         yield ACC, Reduction.NONE, result.acc_dtype
     if needs[2]:
         assert call.bias is not None
@@ -233,7 +225,7 @@ def _work(plan: Plan, incoming: tuple[int, ...]) -> Work:
         passed: Found = {(v, over): (by[v], over) for v, over, _ in plan.asked if v in by}
         return Work(backward, None, None, passed)
     views = (*plan.views, plan.shape) if _views(backward.program) else ()
-    plain = Static(str(backward.program), views=views, site=plan.forward.site)
+    plain = Static(str(backward.program), views=views, site=plan.static.site)
     for summed in (True, False):
         stores, found = _stores(backward, plan.asked, summed)
         if not stores:

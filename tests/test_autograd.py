@@ -313,6 +313,71 @@ def test_what_needs_no_gradient_is_not_kept_and_gets_none(frozen: int, device: s
         assert x.data_ptr() not in kept
 
 
+@pytest.mark.parametrize("text", [
+    "t1 = mul acc, $0; t2 = tanh t1; store t2",
+    "t1 = mul acc, $0; store t1",
+    "t1 = add acc, $0; t2 = relu t1; store t2",
+    "t1 = sigmoid acc; t2 = mul t1, $0; store t2, t1",
+])  # fmt: skip
+@pytest.mark.parametrize("which", range(4))
+def test_only_one_input_needs_a_gradient(which: int, text: str, device: str) -> None:
+    tensors = [randn(*s, seed=i).float().to(device) for i, s in enumerate([(9, 8), (12, 8), (12,),
+                                                                         (12,)])]  # fmt: skip
+    tensors[which].requires_grad_()
+    eager = lambda x, w, b, s: reference.run(parse(text), F.linear(x, w, b), [s])  # noqa: E731
+    fused = lambda x, w, b, s: fused_linear(x, w, b, [s], text)  # noqa: E731
+    seeds = [randn(9, 12, seed=5 + i) for i in range(len(parse(text).outputs))]
+    close(*(gradients_of(f, tensors, seeds) for f in (fused, eager)))
+    twice = [
+        torch.autograd.grad(sum(o.sum() for o in _tuple(f(*tensors))), tensors[which],
+                            create_graph=True)[0].square().sum()
+        for f in (fused, eager)
+    ]  # fmt: skip
+    if all(t.requires_grad for t in twice):
+        close(*(torch.autograd.grad(t, tensors[which], materialize_grads=True) for t in twice))
+
+
+def _tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_tensors_offloaded_between_the_passes(device: str) -> None:
+    model, optimized = made(device)
+    x, seed = randn(8, 16).float().to(device), randn(8, 16, seed=1).to(device)
+    expected = trained(model, x, seed)
+    with torch.autograd.graph.save_on_cpu():
+        close(trained(optimized, x, seed), expected)
+    model.zero_grad()
+    x.requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        penalty = [
+            torch.autograd.grad(f(x).sum(), x, create_graph=True)[0].square().sum()
+            for f in (optimized, model)
+        ]
+        close(*(torch.autograd.grad(p, [x, *model.parameters()], allow_unused=True)[:2]
+                for p in penalty))  # fmt: skip
+
+
+def test_what_the_chain_kept_is_let_go_before_the_products() -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.SiLU())
+    optimized = fxfuse.optimize(model)
+    out = optimized(randn(8, 16).float().requires_grad_())
+    chain = out.grad_fn
+    assert chain is not None
+    assert chain.saved_tensors[0].shape == (8, 24)  # type: ignore[attr-defined]
+    (product,) = (f for f, _ in chain.next_functions if f is not None)
+
+    def is_freed(_: Any) -> None:
+        with pytest.raises(RuntimeError, match="after they have already been freed"):
+            chain.saved_tensors  # type: ignore[attr-defined]  # noqa: B018
+        checked.append(True)
+
+    checked: list[bool] = []
+    product.register_prehook(is_freed)
+    out.sum().backward()
+    assert checked == [True]
+
+
 def test_tied_weights_and_a_shared_module_add_up(device: str) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
