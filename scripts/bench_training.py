@@ -13,7 +13,6 @@ backward. The JSON is written after every case.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import HIGH, MODELS, ROOT, Case, environment
+from bench import FLOAT32, MODELS, ROOT, Case, environment
 from tabulate import tabulate
 from torch import nn
 
@@ -59,7 +58,8 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one case, print its table and return its JSON entry."""
     batch, in_features, out_features = case.shape
     module = load_file(ROOT / "examples" / f"{case.model}.py")
-    dtype = torch.float32 if case.dtype in HIGH else DTYPES[case.dtype]
+    precision, _ = FLOAT32.get(case.dtype, ("highest", False))
+    dtype = torch.float32 if case.dtype in FLOAT32 else DTYPES[case.dtype]
     torch.manual_seed(0)
     init_inputs = module.get_init_inputs(in_features, out_features)
     with torch.device(arguments.device):
@@ -72,7 +72,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "compile": torch.compile(model),
         "fxfuse": fxfuse.optimize(model),
     }
-    with matmul_precision("high") if case.dtype in HIGH else contextlib.nullcontext():
+    with matmul_precision(precision):
         truth = gradients(copy.deepcopy(model).double(), x.detach().double(), seed.double())
         rows, steps = {}, {}
         for name in arguments.contestants:
