@@ -135,7 +135,7 @@ def test_relative_error_of_high_precision(name, clamp):
 @hopper
 @pytest.mark.parametrize("name", ["sigmoid", "tanh", "clamp", "clamp tanh", "clamp tanh gelu"])
 def test_high_precision_is_exact_where_everything_saturates(name):
-    """Eager makes no error there, whatever its product's."""
+    """Eager makes no error there, whatever its product's; gelu of 0.76 is a polynomial's."""
     torch.set_float32_matmul_precision("high")
     magnitude = torch.linspace(20, 80, 64 * COLUMNS, device="cuda").reshape(-1, COLUMNS)
     identity = torch.eye(COLUMNS, device="cuda")
@@ -147,7 +147,7 @@ def test_high_precision_is_exact_where_everything_saturates(name):
     with forced_route("hopper"):
         text = "; ".join([*program, f"store t{len(program)}"])
         found = fused_linear(magnitude, identity, None, [], text)
-    assert worst(found, truth, torch.float32) <= 2**-22
+    assert worst(found, truth, torch.float32) <= (2**-16 if "gelu" in name else 2**-22)
 
 
 @hopper

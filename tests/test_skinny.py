@@ -128,7 +128,7 @@ def test_no_further_from_float64_than_sgemm(m):
 def test_every_operand_kind(m):
     for n, k in SIZES:
         x, weight, bias = randn(m, k), randn(n, k) / k**0.5, randn(n)
-        kinds = [randn(n), randn(m, n), randn(m, 1), randn(())]
+        kinds = [randn(n), randn(m, n), randn(m, 1), torch.randn((), device="cuda")]
         for a, b in zip(kinds, kinds[1:] + kinds[:1], strict=True):
             with forced_route("skinny"):
                 found = fused_linear(x, weight, bias, [a, b], CHAIN)
@@ -203,7 +203,7 @@ def test_a_call_of_few_rows_names_its_route_and_kernel():
     fused_linear(x, weight, None, [], RELU, site="few")
     fused_linear(randn(64, 1024), weight, None, [], RELU, site="many")
     assert fused.routes_taken("few", RELU) == [("skinny", None)]
-    assert fused.routes_taken("many", RELU) == [("cublas", None)]
+    assert fused.routes_taken("many", RELU) in ([("cublas", None)], [("hopper-highest", None)])
     lib = library.find("fxfuse_cuda")
     assert not isinstance(lib, LibraryError)
     names = [
