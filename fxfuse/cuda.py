@@ -42,6 +42,8 @@ from .split import Planes, plane_stride, split
 
 # What serves fp32 inputs as planes of fp16, by torch's name for the precision, and how many planes.
 _PLANES = {"high": 1, "highest": 2}
+# From so many rows of x on do two planes of it and of the weight pay: a frozen weight, any other.
+_PLANES_ROWS = {(8, 0): (64, 128), (9, 0): (17, 17), (10, 0): (64, 128)}
 _ROUTE_NAMES = {number: name for name, number in ROUTES.items()}
 
 
@@ -123,12 +125,7 @@ def _choose(call: Call, result: Result, device: int) -> str:
         precision = "high" if tf32_allowed() else "highest"
         if precision == "highest" and _takes_skinny(call, m, n):
             return "skinny"
-        planes = capability == (9, 0) and (
-            FORCED[-1] == "hopper"
-            if FORCED
-            else prefers_planes(precision, m, n, x.shape[-1], frozen.is_marked(weight))
-        )
-        if planes:
+        if _takes_planes(call, precision, capability, m, n):
             return precision
         if precision == "highest":
             return "cublas"
@@ -151,30 +148,62 @@ def _takes_skinny(call: Call, m: int, n: int) -> bool:
     rows = (k, flatten_rows(call.x)[1], call.weight.stride(0))
     if call.transposed or any(size % 4 or size > 2**26 for size in rows):
         return False  # they copy 16 bytes at a time, and count them with 32 bits
-    return FORCED[-1] == "skinny" if FORCED else prefers_skinny(m, n, k)
+    if FORCED:
+        return FORCED[-1] == "skinny"
+    return prefers_skinny(m, n, k, frozen.is_marked(call.weight))
 
 
-def prefers_skinny(m: int, n: int, k: int) -> bool:
-    """Whether an fp32 product in fp32 is faster by our kernels for few rows than by cuBLAS.
+def prefers_skinny(m: int, n: int, k: int, frozen_weight: bool = False) -> bool:
+    """Whether an fp32 product in fp32 is faster by our kernels for few rows than by cuBLAS, or on
+    planes.
 
-    They take up to 32 rows (kSkinnyMaxM). These limits are estimates, to be measured on an H200 by
-    scripts/bench_fp32.py: up to 16 rows reading the weight outlasts the multiplications, and a
-    weight of less than 1 MB is a matter of launches.
+    They take up to 32 rows (kSkinnyMaxM). The limits are those of benchmarks/h200_fp32.json,
+    measured by scripts/bench_fp32.py: a vector times a small weight is as fast in cuBLAS, and from
+    17 rows on planes of a large frozen weight are faster.
     """
-    return m <= 16 and n * k >= 2**18
+    if m > 16:
+        return m <= 32 and n * k >= 2**18 and not (frozen_weight and n * k >= 2**22)
+    return n * k >= (2**22 if m == 1 else 2**18)
 
 
-def prefers_planes(precision: str, m: int, n: int, k: int, frozen_weight: bool) -> bool:
-    """Whether an fp32 product is faster on planes than in cuBLAS, on an H200.
+def _takes_planes(call: Call, precision: str, capability: tuple[int, int], m: int, n: int) -> bool:
+    """Whether our kernels take an fp32 product on planes of fp16. The Hopper route takes one plane
+    or two, the portable one two."""
+    if FORCED:
+        if FORCED[-1] == "hopper":
+            return capability == (9, 0)
+        return FORCED[-1] == "portable" and precision == "highest" and capability >= (8, 0)
+    assert call.weight is not None
+    frozen_weight = frozen.is_marked(call.weight)
+    return prefers_planes(precision, m, n, call.x.shape[-1], frozen_weight, capability)
 
-    precision: "high", where planes halve the time of a product in TF32 (390 TFLOP/s); "highest",
-    where they take a fifth of that in fp32 (51). They cost a read of either matrix and half a
-    write, or a whole one, at 4.1 TB/s, and that pays from so many rows of the other on.
+
+def prefers_planes(
+    precision: str,
+    m: int,
+    n: int,
+    k: int,
+    frozen_weight: bool,
+    capability: tuple[int, int] = (9, 0),
+) -> bool:
+    """Whether an fp32 product is faster on planes than in cuBLAS, on a GPU of `capability`.
+
+    precision: "high", where planes halve the time of a product in TF32 (390 TFLOP/s on an H200,
+    the only GPU that takes it so); "highest", where they take a fifth of that in fp32 (51). They
+    cost a read of either matrix and half a write, or a whole one, at 4.1 TB/s, and that pays from
+    so many rows of the other on.
+
+    Elsewhere "highest" goes by data sheets, with twice the rows: fp16 products reach 312 TFLOP/s
+    where fp32 has 19.5 (sm_80), 2250 where it has 80 (sm_100, of which mma.sync gets a part), so
+    that three of them win. The rest (8.6, 8.7, 8.9, 12.x) multiply fp16 with sums in fp32 only 2 to
+    4 times as fast as fp32: three products do not pay.
     """
     if precision == "highest":
+        if capability not in _PLANES_ROWS:
+            return False
         # Of a shorter K cuBLAS's sums in fp32 are the more accurate ones.
-        return n >= 64 and k >= 64 and m >= (32 if frozen_weight else 64)
-    return n >= 768 and m >= (128 if frozen_weight else 768)
+        return n >= 64 and k >= 64 and m >= _PLANES_ROWS[capability][0 if frozen_weight else 1]
+    return capability == (9, 0) and n >= 768 and m >= (128 if frozen_weight else 768)
 
 
 def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: int = 16) -> str:
@@ -297,9 +326,9 @@ def _planes_recipe(
         layouts,
         result.dtypes,
         Gemm(k, stride, stride, bias_dtype, planes=planes),
-        route="hopper",
+        route=FORCED[-1] if FORCED else "auto",
     )
-    _chosen(lib, problem)
+    chosen = _chosen(lib, problem)[0]
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
     transposed = call.transposed
@@ -331,7 +360,7 @@ def _planes_recipe(
         launch(pointers)
         return outputs
 
-    return Recipe(f"hopper-{precision}", None, run)
+    return Recipe(f"{chosen}-{precision}", None, run)
 
 
 def _chosen(lib: Library, problem: library.ProblemStruct) -> tuple[str, str]:

@@ -32,6 +32,7 @@ _ROUTE_LAUNCHES = {
     "hopper": 1,
     "hopper-high": 2,
     "hopper-highest": 2,
+    "portable-highest": 2,
     "skinny": 1,
     "pointwise": 1,
 }

@@ -45,7 +45,8 @@ FORCED: list[str] = []
 @dataclass(frozen=True)
 class Recipe:
     """How calls of one signature run. route: "cpu", "cublas", "portable", "hopper",
-    "hopper-high", "skinny", "pointwise" or "reference"; reason: why the last one, where it is."""
+    "hopper-high", "hopper-highest", "portable-highest", "skinny", "pointwise" or "reference";
+    reason: why the last one, where it is."""
 
     route: str
     reason: str | None

@@ -79,7 +79,8 @@ def run_tile(
     """The outputs, of the inputs' dtype, of `program` over x [M, K] times weight [N, K] (or [K, N]
     where `transposed`), or None where the tile cannot serve the shape with K divided into so many.
 
-    planes: fp32 inputs are split into so many first.
+    planes: fp32 inputs are split into so many first. The portable route takes the tile it chooses,
+    and undivided.
     """
     lib = library.find("fxfuse_cuda")
     assert isinstance(lib, library.Library)

@@ -401,7 +401,8 @@ def test_optimised_on_the_cpu_and_moved(dtype):
         assert fxfuse.verify(result, model, x).ok
         result(x)
     for group in fxfuse.report(result).groups:
-        assert set(group.routes) <= {"portable", "cublas", "hopper", "hopper-highest"}, group
+        planes = {"hopper-highest", "portable-highest"} if dtype == torch.float32 else set()
+        assert set(group.routes) <= {"portable", "cublas", "hopper", *planes}, group
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

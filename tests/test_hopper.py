@@ -55,9 +55,6 @@ def test_planes_pay_from_so_many_rows_on():
     assert not prefers_planes("high", 512, 8192, 8192, False)
     assert prefers_planes("high", 512, 8192, 8192, True)
     assert not prefers_planes("high", 1024, 512, 8192, True)
-    assert prefers_planes("highest", 128, 512, 512, False)
-    assert not prefers_planes("highest", 16, 8192, 8192, False)
-    assert not prefers_planes("highest", 128, 512, 32, False)
 
 
 def test_inputs_between_multiples_of_16_bytes_take_the_other_recipe():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +12,19 @@ from helpers_gemm import FAMILIES, SPLITS, error, hopper, randn, row_errors, run
 from torch import nn
 
 import fxfuse
-from fxfuse import recipes
+from fxfuse import cuda, library, recipes
+from fxfuse.cuda import cuda_recipe, prefers_planes
+from fxfuse.errors import LibraryError
 from fxfuse.fused import forced_route, fused_linear, routes_taken
+from fxfuse.infer import Call, infer
+from fxfuse.program import parse
 
-pytestmark = [pytest.mark.gpu, hopper]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+on_hopper = [pytest.mark.gpu, hopper]
+on_any_gpu = [pytest.mark.gpu, needs_cuda]
+both_routes = pytest.mark.parametrize(
+    "route", [pytest.param("hopper", marks=on_hopper), pytest.param("portable", marks=on_any_gpu)]
+)
 
 TILES = (128, 64)
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
@@ -29,6 +41,8 @@ SIZES = [
     (200, 72, 8),
     (129, 128, 3),
 ]
+# Take the two larger of the portable tiles on an H200; all of the above take the smallest.
+LARGE = [(630, 3580, 136), (1000, 4001, 1000)]
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +50,85 @@ def _seeded():
     torch.manual_seed(0)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    recipes.forget()
     yield
+    recipes.forget()
     torch.set_float32_matmul_precision(precision)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_tile_and_division(size):
+# What takes planes, known without a GPU -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "frozen", "rows"),
+    [((8, 0), False, 128), ((8, 0), True, 64), ((9, 0), False, 17), ((9, 0), True, 17)],
+)
+def test_highest_precision_takes_planes_from_so_many_rows_on(capability, frozen, rows):
+    assert prefers_planes("highest", rows, 512, 512, frozen, capability)
+    assert not prefers_planes("highest", rows - 1, 512, 512, frozen, capability)
+    assert not prefers_planes("highest", rows, 512, 63, frozen, capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 7), (8, 9), (12, 0)])
+def test_planes_do_not_pay_where_fp32_is_fast(capability):
+    assert not prefers_planes("highest", 4096, 8192, 8192, True, capability)
+
+
+def test_one_plane_is_for_hopper():
+    assert prefers_planes("high", 1024, 8192, 8192, False, (9, 0))
+    assert not prefers_planes("high", 1024, 8192, 8192, False, (8, 0))
+
+
+def call_of(m):
+    return Call(torch.empty(m, 512), torch.empty(256, 512), None, (), parse(GELU), False, (), "")
+
+
+def choice(m):
+    call = call_of(m)
+    return cuda._choose(call, infer(call), 0)
+
+
+def test_what_a_call_takes(monkeypatch):
+    capability = (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choice(128) == "highest"
+    assert choice(64) == "cublas"
+    with forced_route("hopper"):
+        assert choice(128) == "cublas"
+    capability = (8, 6)
+    assert choice(128) == "cublas"
+    with forced_route("portable"):
+        assert choice(1) == "highest"
+        torch.set_float32_matmul_precision("high")
+        assert choice(1) == "portable"
+    capability = (7, 5)
+    torch.set_float32_matmul_precision("highest")
+    with forced_route("portable"):
+        assert choice(128) == "cublas"
+
+
+@pytest.mark.parametrize("forced", [None, "portable"])
+def test_the_route_is_the_librarys_choice(forced, monkeypatch):
+    lib = library.find("fxfuse_cuda")
+    if isinstance(lib, LibraryError):
+        pytest.skip("the CUDA kernels are not built")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(cuda, "_initialised", lambda *_: None)
+    monkeypatch.setattr(cuda, "_chosen", lambda _, p: (asked.append(p), ("portable", ""))[1])
+    call = call_of(128)
+    with contextlib.nullcontext() if forced is None else forced_route(forced):
+        assert cuda_recipe(call, infer(call), lib, [], []).route == "portable-highest"
+    (problem,) = asked
+    assert (problem.planes, problem.route) == (2, library.ROUTES[forced or "auto"])
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+def check_size(size, runs):
+    """The contract, of `runs`: `(name, run)` with run(x, weight, bias, operands, program) -> the
+    first output or None; returns how many served."""
     m, n, k = size
     x, weight, bias = randn(m, k), randn(n, k) / k**0.5, randn(n)
     row, full = randn(n), randn(m, n)
@@ -54,21 +141,61 @@ def test_every_tile_and_division(size):
     eager_wide = (F.gelu(eager_acc) * row + full) * eager_acc
     slack = 6e-8 if k >= 64 else 1.2e-7  # calls of a short K go to cuBLAS
     served = 0
-    for tile in TILES:
-        for division in SPLITS:
-            if -(-k // 64) < division:
-                continue
-            found = run_tile(x, weight, bias, [row, full], CHAIN, tile, division, planes=2)
-            if found is None:
-                continue
-            served += 1
-            here = tile, division
-            assert error(found[0], chain) <= 1.05 * error(eager_chain, chain) + slack, here
-            outputs = run_tile(x, weight, bias, [row, full], WIDE, tile, division, planes=2)
-            assert error(outputs[0], wide) <= 1.05 * error(eager_wide, wide) + slack, here
-            again = run_tile(x, weight, bias, [row, full], CHAIN, tile, division, planes=2)
-            assert torch.equal(found[0], again[0])
-    assert served >= 2
+    for name, run in runs:
+        found = run(x, weight, bias, [row, full], CHAIN)
+        if found is None:
+            continue
+        served += 1
+        assert error(found, chain) <= 1.05 * error(eager_chain, chain) + slack, name
+        output = run(x, weight, bias, [row, full], WIDE)
+        assert error(output, wide) <= 1.05 * error(eager_wide, wide) + slack, name
+        assert torch.equal(found, run(x, weight, bias, [row, full], CHAIN)), name
+    return served
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_tile_and_division(size):
+    def run(tile, division, *arguments):
+        outputs = run_tile(*arguments, tile, division, planes=2)
+        return None if outputs is None else outputs[0]
+
+    runs = [
+        ((tile, division), functools.partial(run, tile, division))
+        for tile in TILES
+        for division in SPLITS
+        if -(-size[2] // 64) >= division
+    ]
+    assert check_size(size, runs) >= 2
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("size", [*SIZES, *LARGE], ids=str)
+def test_the_portable_route_at_every_size(size):
+    def run(*arguments):
+        with forced_route("portable"):
+            found = fused_linear(*arguments, site="portable")
+        assert routes_taken("portable", arguments[-1]) == [("portable-highest", None)]
+        return found if isinstance(found, torch.Tensor) else found[0]
+
+    assert check_size(size, [("portable", run)]) == 1
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_portable_route_stores_every_dtype():
+    x, weight, bias = randn(70, 200), randn(90, 200) / 200**0.5, randn(90)
+    program = "t1 = cast_bf16 acc; t2 = cast_f16 acc; t3 = tanh acc; store t1, t2, t3"
+    truth = F.linear(x.double(), weight.double(), bias.double())
+    with forced_route("portable"):
+        found = fused_linear(x, weight, bias, [], program)
+    assert [o.dtype for o in found] == [torch.bfloat16, torch.float16, torch.float32]
+    for output, expected, limit in zip(
+        found, (truth, truth, truth.tanh()), (3e-3, 4e-4, 3e-7), strict=True
+    ):
+        assert error(output, expected) <= limit
 
 
 def componentwise(found, x, weight, truth):
@@ -77,15 +204,16 @@ def componentwise(found, x, weight, truth):
     return ((found.double() - truth).abs() / scale.clamp_min(1e-300)).amax(1)
 
 
+@both_routes
 @pytest.mark.parametrize("k", [64, 1000, 8192, 32768])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_error_is_at_most_that_of_sgemm(family, k):
+def test_error_is_at_most_that_of_sgemm(family, k, route):
     x, weight = FAMILIES[family](257, k).cuda(), randn(1000, k) / k**0.5
     if family in ("uniform", "sparse"):
         weight = weight.abs()  # all positive: errors of one sign add up
     truth = F.linear(x.double(), weight.double())
     eager = F.linear(x, weight)
-    with forced_route("hopper"):
+    with forced_route(route):
         found = fused_linear(x, weight, None, [], "store acc")
         turned = fused_linear(x, weight.t().contiguous(), None, [], "store acc", True)
     # Denormal results have fp32's absolute spacing, and no less.
@@ -102,10 +230,19 @@ def test_error_is_at_most_that_of_sgemm(family, k):
         assert worst <= componentwise(eager, x, weight, truth).amax() + slack
 
 
-@pytest.mark.parametrize("division", [1, 2, 8])
-@pytest.mark.parametrize("tile", TILES)
-def test_infinities_and_nans_are_where_eager_has_them(tile, division):
-    x, weight = randn(300, 1024), randn(200, 1024)
+@pytest.mark.parametrize(
+    ("route", "tile", "division", "rows"),
+    [
+        *(
+            pytest.param("hopper", tile, division, 300, marks=on_hopper)
+            for tile in TILES
+            for division in (1, 2, 8)
+        ),
+        *(pytest.param("portable", 0, 0, rows, marks=on_any_gpu) for rows in (300, 8400)),
+    ],
+)
+def test_infinities_and_nans_are_where_eager_has_them(route, tile, division, rows):
+    x, weight = randn(rows, 1024), randn(200, 1024)
     x[3, 10], x[4, 11], x[5, 12] = torch.inf, -torch.inf, torch.nan
     x[290, 1000] = torch.inf
     x[40], x[41] = 0, torch.inf
@@ -113,7 +250,7 @@ def test_infinities_and_nans_are_where_eager_has_them(tile, division):
     weight[20] = 0
     weight[21, :256] *= 1e-30  # infinities meet what fp16 cannot hold beside the rest of the row
     eager = F.linear(x, weight)
-    (found,) = run_tile(x, weight, None, [], "store acc", tile, division, planes=2)
+    (found,) = run_tile(x, weight, None, [], "store acc", tile, division, planes=2, route=route)
     assert torch.equal(found.isnan(), eager.isnan())
     assert torch.equal(found.isinf(), eager.isinf())
     assert torch.equal(found[found.isinf()].sign(), eager[eager.isinf()].sign())
@@ -122,15 +259,16 @@ def test_infinities_and_nans_are_where_eager_has_them(tile, division):
     assert error(found[finite], truth) <= error(eager[finite], truth)
 
 
+@both_routes
 @pytest.mark.parametrize("value", [3e38, 1e38, 1e-38, 1e-45, 0.0])
-def test_extremal_values(value):
+def test_extremal_values(value, route):
     x, weight = randn(128, 256), randn(256, 256) / 16
     x[::2] = value
     x[1, ::3] = value
     weight[5] = value if value < 1 else weight[5]
     truth = F.linear(x.double(), weight.double())
     eager = F.linear(x, weight)
-    with forced_route("hopper"):
+    with forced_route(route):
         found = fused_linear(x, weight, None, [], "store acc")
     # Eager may pass through an infinity on the way to a finite sum.
     assert torch.equal(found.isfinite(), truth.abs() < torch.finfo(torch.float32).max)
@@ -140,9 +278,10 @@ def test_extremal_values(value):
     assert ((found.double() - truth).abs()[near] <= 1e-43 + 2e-6 * 1e-37).all()
 
 
+@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_default_precision_runs_on_planes(frozen):
-    recipes.forget()
     model = nn.Sequential(nn.Linear(1000, 520), nn.GELU(), nn.Linear(520, 136), nn.SiLU()).cuda()
     x = randn(4, 64, 1000)
     optimized = fxfuse.optimize(model, freeze=frozen)
@@ -158,24 +297,26 @@ def test_the_default_precision_runs_on_planes(frozen):
         assert report.weights.kept_bytes >= (1000 * 520 + 520 * 136) * 4
 
 
-def test_a_conv1d_weight_is_split_along_its_columns():
-    recipes.forget()
+@both_routes
+def test_a_conv1d_weight_is_split_along_its_columns(route):
     x, weight, bias = randn(300, 768), randn(768, 3072) / 28, randn(3072)
     truth = F.gelu(x.double() @ weight.double() + bias.double())
-    found = fused_linear(x, weight, bias, [], GELU, True, site="conv1d")
-    assert routes_taken("conv1d", GELU) == [("hopper-highest", None)]
+    with forced_route(route):
+        found = fused_linear(x, weight, bias, [], GELU, True, site="conv1d")
+    assert routes_taken("conv1d", GELU) == [(f"{route}-highest", None)]
     assert error(found, truth) <= error(F.gelu(x @ weight + bias), truth)
 
 
-def test_a_graph_capture_holds_the_whole_call():
-    recipes.forget()
+@both_routes
+def test_a_graph_capture_holds_the_whole_call(route):
     x, weight = randn(256, 512), randn(512, 512)
-    warm = fused_linear(x, weight, None, [], GELU)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = fused_linear(x, weight, None, [], GELU)
-    x.copy_(randn(256, 512))
-    graph.replay()
-    assert not torch.equal(out, warm)
-    assert torch.equal(out, fused_linear(x, weight, None, [], GELU))
+    with forced_route(route):
+        warm = fused_linear(x, weight, None, [], GELU)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fused_linear(x, weight, None, [], GELU)
+        x.copy_(randn(256, 512))
+        graph.replay()
+        assert not torch.equal(out, warm)
+        assert torch.equal(out, fused_linear(x, weight, None, [], GELU))

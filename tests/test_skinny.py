@@ -52,8 +52,11 @@ def error(found, truth):
 def test_few_rows_of_a_weight_worth_it():
     assert prefers_skinny(1, 8192, 8192)
     assert prefers_skinny(16, 512, 512)
-    assert not prefers_skinny(17, 8192, 8192)
-    assert not prefers_skinny(1, 256, 256)
+    assert prefers_skinny(32, 8192, 8192)
+    assert not prefers_skinny(32, 8192, 8192, frozen_weight=True)
+    assert not prefers_skinny(33, 8192, 8192)
+    assert not prefers_skinny(16, 256, 256)
+    assert not prefers_skinny(1, 1024, 1024)
 
 
 def choice(x, weight, bias=None, transposed=False):

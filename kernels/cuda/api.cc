@@ -81,21 +81,26 @@ fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* 
     return Fail(FXFUSE_BAD_ARGUMENT, "%s: route=pointwise (%d), expected has_gemm=0 with it", call,
                 problem.route);
   }
-  if (problem.b_transposed || problem.planes > 0) {
+  if (problem.b_transposed || problem.planes == 1) {
     return Fail(FXFUSE_UNSUPPORTED,
-                "%s: b_transposed=%d, planes=%d: the portable route has neither, and the Hopper "
-                "route cannot serve the problem",
+                "%s: b_transposed=%d, planes=%d: the portable route takes B [N, K] and no single "
+                "planes, and the Hopper route cannot serve the problem",
                 call, problem.b_transposed, problem.planes);
   }
   fxfuse_status status = CheckLimit(call, "k", problem.k, kPortableMaxK);
   if (status != FXFUSE_OK) return status;
   choice->route = FXFUSE_ROUTE_PORTABLE;
   choice->portable = ChoosePortable(problem, aligned, device.limits);
-  if (choice->portable == nullptr) {
-    return Fail(FXFUSE_UNSUPPORTED, "%s: no portable kernel fits %d bytes of shared memory", call,
-                device.limits.shared_bytes_per_block);
+  if (choice->portable != nullptr) return FXFUSE_OK;
+  if (problem.planes > 0) {
+    return Fail(FXFUSE_UNSUPPORTED,
+                "%s: planes=%d, lda=%lld, ldb=%lld: the portable route takes rows of planes at "
+                "multiples of 16 bytes, and strides below %d",
+                call, problem.planes, static_cast<long long>(problem.lda),
+                static_cast<long long>(problem.ldb), 1 << 23);
   }
-  return FXFUSE_OK;
+  return Fail(FXFUSE_UNSUPPORTED, "%s: no portable kernel fits %d bytes of shared memory", call,
+              device.limits.shared_bytes_per_block);
 }
 
 // `problem` has passed CheckProblem.

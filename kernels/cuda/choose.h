@@ -20,7 +20,7 @@ struct DeviceLimits {
 PortableKernels AllPortableKernels();
 
 // The fastest portable kernel for the problem by the cost table, or null where none fits the
-// device. `aligned`: rows of A and B start at multiples of 16 bytes.
+// device, or takes such planes. `aligned`: rows of A and B start at multiples of 16 bytes.
 const PortableKernel* ChoosePortable(const fxfuse_problem& problem, bool aligned,
                                      const DeviceLimits& device);
 

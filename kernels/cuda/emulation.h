@@ -188,6 +188,16 @@ inline void __syncthreads() {
   using namespace fxfuse::emulation;
   Meet(blocks[current_block].barrier, block_threads);
 }
+inline int __syncthreads_or(int value) {
+  static int any;
+  any |= value;
+  __syncthreads();
+  const int result = any;
+  __syncthreads();
+  if (threadIdx.x == 0) any = 0;
+  __syncthreads();
+  return result;
+}
 inline void __syncwarp() {
   using namespace fxfuse::emulation;
   Meet(blocks[current_block].warp_barriers[current / 32], 32);

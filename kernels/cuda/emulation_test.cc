@@ -114,9 +114,11 @@ class Case {
           expected[1] = condition_ != 0 ? std::max(expected[0], z) + column_[i] : 0.5;
         }
         for (int o = 0; o < 2; ++o) {
+          const double found = static_cast<float>(output_[o][i * stride_ + j]);
+          // An infinity, or a NaN, must be the same one.
+          const bool same = found == expected[o] || (std::isnan(found) && std::isnan(expected[o]));
           const double error =
-              std::abs(static_cast<float>(output_[o][i * stride_ + j]) - expected[o]) /
-              (1 + std::abs(expected[o]));
+              same ? 0 : std::abs(found - expected[o]) / (1 + std::abs(expected[o]));
           worst = error <= worst ? worst : error;  // NaN is worse than anything
         }
       }
@@ -216,6 +218,77 @@ void TestSkinny(const char* name, int64_t m, int64_t n, int64_t k, int groups, i
     double sum = bias[j];
     for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(a[i * ld + l]) * b[j * ld + l];
     return sum;
+  });
+}
+
+// Planes of a matrix [rows, k], K adjacent, and what fxfuse_cuda_split leaves beside them; made up,
+// so that the low plane is as large as the high one.
+struct TestPlanes {
+  TestPlanes(int64_t rows, int64_t k, const std::vector<int64_t>& special_rows)
+      : stride((k + 7) / 8 * 8),
+        size((rows + FXFUSE_PLANE_ROWS - 1) / FXFUSE_PLANE_ROWS * FXFUSE_PLANE_ROWS * stride),
+        plane(Random<__half>(2 * size)),
+        root(rows),
+        special(rows) {
+    for (int64_t i = 0; i < 2 * size; ++i) {
+      const int64_t row = i % size / stride;
+      if (row >= rows) plane[i] = __half(NAN);
+      if (i % stride >= k) plane[i] = __half(0.0f);
+    }
+    for (int64_t i = 0; i < rows; ++i) root[i] = std::ldexp(1.0f, -static_cast<int>(i % 3));
+    for (const int64_t row : special_rows) {
+      special[row] = 1;
+      plane[row * stride + row % k] = __half(INFINITY);
+      plane[size + row * stride + row % k] = __half(0.0f);
+    }
+  }
+  double At(int p, int64_t row, int64_t column) const {
+    return static_cast<float>(plane[p * size + row * stride + column]);
+  }
+
+  int64_t stride, size;
+  std::vector<__half> plane;
+  std::vector<float> root;
+  std::vector<int32_t> special;
+};
+
+// Three products of planes; rows that are special get an infinity.
+template <class Tile, class Out>
+void TestPortablePlanes(const char* name, int64_t m, int64_t n, int64_t k,
+                        const std::vector<int64_t>& special_a = {},
+                        const std::vector<int64_t>& special_b = {}) {
+  using Config = PortableConfig<__half, Tile, HostMath, 4, 2>;
+  const TestPlanes a(m, k, special_a), b(n, k, special_b);
+  const std::vector<float> bias = Random<float>(n);
+  Case<Out> test(m, n, 0);
+  test.problem.k = k, test.problem.lda = test.problem.ldb = a.stride;
+  test.problem.input_dtype = FXFUSE_F16, test.problem.bias_dtype = FXFUSE_F32;
+  test.problem.has_gemm = test.problem.has_bias = 1, test.problem.planes = 2;
+  test.pointers[FXFUSE_PTR_BIAS] = const_cast<float*>(bias.data());
+
+  PortableArguments arguments = {};
+  arguments.a = a.plane.data(), arguments.b = b.plane.data();
+  arguments.lda = arguments.ldb = a.stride;
+  arguments.m = m, arguments.n = n, arguments.k = k;
+  arguments.tiles_m = (m + Tile::kM - 1) / Tile::kM;
+  arguments.tiles_n = (n + Tile::kN - 1) / Tile::kN;
+  arguments.plane_bytes_a = a.size * 2, arguments.plane_bytes_b = b.size * 2;
+  arguments.root_a = a.root.data(), arguments.root_b = b.root.data();
+  arguments.special_a = a.special.data(), arguments.special_b = b.special.data();
+  TranslateProgram(test.problem, test.pointers, &arguments.program);
+  emulation::matrices_read = emulation::bank_conflicts = 0;
+  emulation::Launch(arguments.tiles_m * arguments.tiles_n, Config::kThreads,
+                    [&] { PortableGemm<Config>(arguments); });
+  test.Check(name, [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t l = 0; l < k; ++l) {
+      const double high_a = a.At(0, i, l), high_b = b.At(0, j, l);
+      sum += high_a * high_b;
+      if (a.special[i] || b.special[j]) continue;
+      sum += a.At(1, i, l) * high_b + high_a * b.At(1, j, l);
+    }
+    const double factor = a.root[i] * b.root[j];
+    return bias[j] + sum * factor * factor;
   });
 }
 
@@ -403,6 +476,15 @@ void RunAll() {
   TestPortable<F16, LargeTile, 8, F16>("large fp16", 140, 300, 520);
   TestPortable<float, LargeTile, 4, F16>("large tf32 to fp16", 128, 256, 64);
   TestPortable<Bf16, SmallTile, 8, Bf16>("ten tile rows", 600, 70, 8);
+  TestPortablePlanes<PlanesLargeTile, float>("large planes", 150, 200, 136);
+  TestPortablePlanes<PlanesLargeTile, float>("large planes, special", 129, 140, 77, {3, 64, 128},
+                                             {0, 70, 139});
+  TestPortablePlanes<PlanesSmallTile, float>("small planes", 65, 131, 264);
+  TestPortablePlanes<PlanesSmallTile, F16>("small planes to fp16", 70, 60, 1);
+  TestPortablePlanes<PlanesSmallTile, float>("small planes, K = 0", 3, 5, 0);
+  TestPortablePlanes<PlanesSmallTile, float>("small planes, special", 130, 66, 100, {129}, {});
+  TestPortablePlanes<PlanesSkinnyTile, float>("skinny planes", 33, 130, 231);
+  TestPortablePlanes<PlanesSkinnyTile, Bf16>("skinny planes to bf16", 20, 66, 33, {}, {65});
   TestSkinny<1, 8, float>("skinny fp32, 1 row", 1, 300, 4100, 1, 1, 6);
   TestSkinny<1, 8, float>("skinny fp32, 1 row", 1, 33, 4100, 8, 8, 6, 4, 3);
   TestSkinny<1, 8, float>("skinny fp32, K = 4", 1, 1, 4, 8, 8, 2);

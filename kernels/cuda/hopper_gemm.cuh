@@ -30,6 +30,7 @@
 #include "fragment.cuh"
 #include "hopper_kernels.h"
 #include "interpreter.cuh"
+#include "planes.cuh"
 #include "ptx_hopper.cuh"
 
 namespace fxfuse {
@@ -298,17 +299,11 @@ __device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& 
 }
 
 // Of two planes each. The other warpgroup's multiply-adds run while this one promotes its own.
-//
-// What the tensor cores truncate of the sum of a stage is 2^-23 of it on average where all terms
-// are of one sign, and less where they are not; kRegain makes up for that. Measured on an H200
-// against float64, it halves the error of positive matrices and takes a fifth from that of random
-// ones.
 template <class Config, class Meanwhile>
 __device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Config>& barriers,
                                                int stages, int group, Accumulator<Config>& sum,
                                                RingPosition<Config>& at,
                                                const Meanwhile& meanwhile) {
-  constexpr float kRegain = 1.0f + 0x1p-23f;
 #pragma unroll
   for (int i = 0; i < Config::kN / 2; ++i) sum[i] = 0.0f;
 #pragma unroll 1
@@ -431,13 +426,6 @@ __device__ __forceinline__ void TransposeQuad(float* x) {
 // Whether a lane's accumulators belong to adjacent columns as they are.
 __device__ __forceinline__ bool Interleaved(const HopperArguments& arguments) {
   return arguments.layout_b == LayoutB::kInterleaved;
-}
-
-// What brings accumulators of scaled planes back: (root_a[m] * root_b[n])^2, of which no part
-// overflows where the result does not.
-__device__ __forceinline__ float Unscaled(float value, float root_a, float root_b) {
-  const float factor = root_a * root_b;
-  return value * factor * factor;
 }
 
 __device__ __forceinline__ float RootA(const HopperArguments& arguments, uint32_t row) {

@@ -5,6 +5,14 @@
 #include "common.h"
 
 namespace fxfuse {
+namespace {
+
+// From a plane to the next, of matrices as fxfuse_cuda_split leaves them.
+int64_t PlaneBytes(int64_t rows, int64_t stride) {
+  return CeilDivide(rows, FXFUSE_PLANE_ROWS) * FXFUSE_PLANE_ROWS * stride * 2;
+}
+
+}  // namespace
 
 fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
                      int threads, int shared_bytes, void* arguments, void* stream, int cluster) {
@@ -87,6 +95,14 @@ fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, vo
   arguments.whole_words =
       RowsAligned(arguments.a, problem.lda, problem.m, problem.input_dtype, 4) &&
       RowsAligned(arguments.b, problem.ldb, problem.n, problem.input_dtype, 4);
+  if (kernel.planes > 0) {
+    arguments.plane_bytes_a = PlaneBytes(problem.m, problem.lda);
+    arguments.plane_bytes_b = PlaneBytes(problem.n, problem.ldb);
+    arguments.root_a = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_A]);
+    arguments.root_b = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_B]);
+    arguments.special_a = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_A]);
+    arguments.special_b = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_B]);
+  }
   TranslateProgram(problem, pointers, &arguments.program);
   return Launch(call, kernel.name, kernel.function, int64_t{arguments.tiles_m} * arguments.tiles_n,
                 kernel.threads, kernel.shared_bytes, &arguments, stream);

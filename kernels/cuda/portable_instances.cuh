@@ -14,6 +14,7 @@ PortableKernel DescribePortable(const char* name, int32_t dtype, TileKind tile, 
   return {name,
           reinterpret_cast<const void*>(&PortableGemm<Config>),
           dtype,
+          Config::kPlanes == 2 ? int16_t{2} : int16_t{0},
           tile,
           math,
           Tile::kM,
@@ -29,6 +30,9 @@ template <class Input, class Tile>
 using PortableHalf = PortableConfig<Input, Tile, DeviceHalfMath, 8>;
 template <class Input, class Tile>
 using PortableExact = PortableConfig<Input, Tile, DeviceMath, 4>;
+// fp32 matrices in two planes each.
+template <class Tile>
+using PortableHighest = PortableConfig<__half, Tile, DeviceMath, 4, 2>;
 
 }  // namespace fxfuse
 

@@ -3,7 +3,8 @@
 // A stage is kM rows of A, then kN rows of B, 128 bytes each. Chunk c (16 bytes) of row r lies at
 // c ^ (r % 8): eight rows of one chunk, which is what ldmatrix reads at a time, then touch all 32
 // banks, and so do the eight chunks of one row that eight lanes write. Rows beyond M or N and
-// columns beyond K are filled with zeros.
+// columns beyond K are filled with zeros. Of two planes a row has the high one in chunks 0 to 3 and
+// the low one, of the same 64 bytes of K, in chunks 4 to 7.
 
 #ifndef FXFUSE_CUDA_PORTABLE_LOADER_CUH_
 #define FXFUSE_CUDA_PORTABLE_LOADER_CUH_
@@ -18,19 +19,24 @@ namespace fxfuse {
 
 // 16-byte copies; rows of A and B and K itself are multiples of 16 bytes. What a copy needs is an
 // offset from the tile's first row, kept in a register, and a base that is the same for all threads
-// and moves along K: next to no arithmetic stands between the multiplications.
+// of a plane and moves along K: next to no arithmetic stands between the multiplications.
 template <class Config>
 class AlignedLoader {
  public:
   __device__ __forceinline__ AlignedLoader(const PortableArguments& arguments, int row0,
                                            int column0) {
     const int row = threadIdx.x / kPerRow;
-    const uint32_t column = threadIdx.x % kPerRow * kBytes;  // in bytes of K
+    const uint32_t place = threadIdx.x % kPerRow * kBytes;  // in the stage's row
+    const uint32_t column = place % Config::kPlaneBytes;    // in bytes of K
     const uint32_t pitch_a = static_cast<uint32_t>(arguments.lda) * kElementBytes;
     const uint32_t pitch_b = static_cast<uint32_t>(arguments.ldb) * kElementBytes;
     left_ = arguments.k * kElementBytes - static_cast<int>(column);
     a_ = static_cast<const char*>(arguments.a) + row0 * (arguments.lda * kElementBytes);
     b_ = static_cast<const char*>(arguments.b) + column0 * (arguments.ldb * kElementBytes);
+    if (Config::kPlanes == 2 && place >= Config::kPlaneBytes) {
+      a_ += arguments.plane_bytes_a;
+      b_ += arguments.plane_bytes_b;
+    }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int down = row + (i < kCopiesA ? i : i - kCopiesA) * kRowStep;
@@ -38,7 +44,7 @@ class AlignedLoader {
       const bool exists = i < kCopiesA ? row0 + down < arguments.m : column0 + down < arguments.n;
       inside_ |= (exists ? 1u : 0u) << i;
     }
-    to_ = row * kStageRowBytes + ((column / 16) ^ (row % 8)) * 16;
+    to_ = row * kStageRowBytes + ((place / 16) ^ (row % 8)) * 16;
   }
 
   // Issues part `part` of `parts` of the copies that fill the stage at `stage`. With constant
@@ -57,9 +63,9 @@ class AlignedLoader {
   }
 
   __device__ __forceinline__ void NextStage() {
-    a_ += kStageRowBytes;
-    b_ += kStageRowBytes;
-    left_ -= kStageRowBytes;
+    a_ += Config::kPlaneBytes;
+    b_ += Config::kPlaneBytes;
+    left_ -= Config::kPlaneBytes;
   }
 
  private:
@@ -175,6 +181,60 @@ class RaggedLoader {
 template <class Config>
 using StageLoader =
     std::conditional_t<Config::Tile::kAligned, AlignedLoader<Config>, RaggedLoader<Config>>;
+
+// A block's way through the stages of its tile. All threads of the block call all of it.
+template <class Config>
+class StageRing {
+ public:
+  // Asks for all stages but one and waits for the first.
+  __device__ __forceinline__ StageRing(const PortableArguments& arguments, int row0, int column0,
+                                       uint32_t ring)
+      : loader_(arguments, row0, column0),
+        ring_(ring),
+        read_(ring),
+        write_(ring + (kStages - 1) * Config::kStageBytes) {
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      loader_.LoadPart(ring + s * Config::kStageBytes, 0, 1);
+      loader_.NextStage();
+      copy_async_commit();
+    }
+    copy_async_wait<kStages - 2>();
+    __syncthreads();
+  }
+
+  // The stage that is there.
+  __device__ __forceinline__ uint32_t read() const { return read_; }
+
+  // Asks for part `part` of `parts` of the stage after those under way. It goes where the stage
+  // before this one was, which every warp has left since the last Advance().
+  __device__ __forceinline__ void Load(int part, int parts) const {
+    loader_.LoadPart(write_, part, parts);
+  }
+
+  // Goes on to the next stage: this warp has read all of this one, and called Load for all parts.
+  __device__ __forceinline__ void Advance() {
+    loader_.NextStage();
+    copy_async_commit();
+    copy_async_wait<kStages - 2>();
+    __syncthreads();
+    write_ = read_;
+    read_ += Config::kStageBytes;
+    if (read_ == ring_ + Config::kRingBytes) read_ = ring_;
+  }
+
+  // Leaves the ring's memory to other uses.
+  __device__ __forceinline__ void Leave() const {
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+
+ private:
+  static constexpr int kStages = Config::Tile::kStages;
+
+  StageLoader<Config> loader_;
+  uint32_t ring_, read_, write_;
+};
 
 }  // namespace fxfuse
 

@@ -60,6 +60,33 @@ struct RaggedTile {
   static constexpr bool kAligned = false;
 };
 
+// Tiles of two planes each. A stage row holds both: 64 bytes of K of the high plane, then the same
+// of the low one. Sums and what is added up beside them (see planes.cuh) are both live, so that a
+// warp tile of 64 x 32 takes as many registers as one of 64 x 64 does elsewhere; but three products
+// to four fragments make up for that: it needs 48 cycles of shared memory for 77 of tensor core.
+
+// 32 KB a stage, 96 KB in all, which an sm_86 has as well; about 250 registers a thread, eight
+// warps: one block to an SM.
+struct PlanesLargeTile {
+  static constexpr int kM = 128, kN = 128, kWarpM = 64, kWarpN = 32;
+  static constexpr int kStages = 3, kBlocksPerSm = 1;
+  static constexpr bool kAligned = true;
+};
+
+// 16 KB a stage, 48 KB in all: three blocks to an SM, two on an sm_86.
+struct PlanesSmallTile {
+  static constexpr int kM = 64, kN = 64, kWarpM = 32, kWarpN = 32;
+  static constexpr int kStages = 3, kBlocksPerSm = 3;
+  static constexpr bool kAligned = true;
+};
+
+// 12 KB a stage, 48 KB in all, for few rows: three blocks to an SM, two on an sm_86.
+struct PlanesSkinnyTile {
+  static constexpr int kM = 32, kN = 64, kWarpM = 32, kWarpN = 16;
+  static constexpr int kStages = 4, kBlocksPerSm = 3;
+  static constexpr bool kAligned = true;
+};
+
 }  // namespace fxfuse
 
 #endif  // FXFUSE_CUDA_PORTABLE_TILES_H_

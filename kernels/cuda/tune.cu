@@ -1,6 +1,6 @@
 // A developer's program, not part of the library: times every kernel of the tables, whichever the
 // library would choose, and checks it against a plain one. The numbers are what choose.cc's cost
-// table is made from.
+// table is made from. fp32 matrices also go as two planes each, split beforehand.
 //
 //   fxfuse_tune [m n k]...      defaults to a few shapes that matter
 
@@ -83,6 +83,35 @@ struct Buffer {
   void* data;
 };
 
+// Two planes each of `sets` matrices [rows, k], a multiple of 8, as fxfuse_cuda_split leaves them.
+struct Planes {
+  Planes(const void* matrices, int sets, int64_t rows, int64_t k)
+      : size(CeilDivide(rows, FXFUSE_PLANE_ROWS) * FXFUSE_PLANE_ROWS * k * 4),
+        rows(rows),
+        plane(sets * size),
+        root(sets * CeilDivide(rows, 4) * 16),
+        special(sets * CeilDivide(rows, 4) * 16) {
+    for (int i = 0; i < sets; ++i) {
+      const fxfuse_split split = {
+          rows,     k,       k,         1,
+          k,        2,       0,         static_cast<const float*>(matrices) + i * rows * k,
+          Plane(i), Root(i), Special(i)};
+      if (fxfuse_cuda_split(&split, 1, nullptr) == FXFUSE_OK) continue;
+      fprintf(stderr, "%s\n", fxfuse_last_error());
+      exit(1);
+    }
+  }
+  void* Plane(int set) const { return static_cast<char*>(plane.data) + set * size; }
+  float* Root(int set) const { return static_cast<float*>(root.data) + set * Padded(); }
+  int32_t* Special(int set) const { return static_cast<int32_t*>(special.data) + set * Padded(); }
+
+ private:
+  int64_t Padded() const { return CeilDivide(rows, 4) * 4; }
+
+  int64_t size, rows;
+  Buffer plane, root, special;
+};
+
 // Milliseconds of one call, the median of several after a warm-up.
 template <class Call>
 float Time(Call call) {
@@ -129,12 +158,18 @@ void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
   pointers[FXFUSE_PTR_OPERAND] = bias.data;
   pointers[FXFUSE_PTR_OUTPUT] = out.data;
 
+  const bool aligned = VectorAligned(nullptr, k, 2, dtype);
+  const bool splits = dtype == FXFUSE_F32 && k % 8 == 0;
+  const Planes planes_a(a.data, splits ? kSets : 0, m, k),
+      planes_b(b.data, splits ? kSets : 0, n, k);
+
   const PortableKernels all = AllPortableKernels();
   for (const PortableKernel* next = all.kernel; next != all.kernel + all.count; ++next) {
     const PortableKernel& kernel = *next;
-    if (kernel.input_dtype != dtype) continue;
-    const bool aligned = VectorAligned(nullptr, k, 2, dtype);
+    if (kernel.planes > 0 ? !splits : kernel.input_dtype != dtype) continue;
     if (!aligned && kernel.tile != TileKind::kRagged) continue;
+    problem.planes = kernel.planes;
+    problem.input_dtype = kernel.input_dtype;
     const int out_dtype = kernel.math == MathLevel::kExact ? int{FXFUSE_F32} : dtype;
     problem.program.output[0] = {n, out_dtype, 0};
     int turn = 0;
@@ -142,6 +177,14 @@ void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
       const int set = turn++ % kSets;
       pointers[FXFUSE_PTR_A] = static_cast<char*>(a.data) + set * m * k * size;
       pointers[FXFUSE_PTR_B] = static_cast<char*>(b.data) + set * n * k * size;
+      if (kernel.planes > 0) {
+        const Planes* const planes[] = {&planes_a, &planes_b};
+        for (int i = 0; i < 2; ++i) {
+          pointers[FXFUSE_PTR_A + i] = planes[i]->Plane(set);
+          pointers[FXFUSE_PTR_ROOT_A + i] = planes[i]->Root(set);
+          pointers[FXFUSE_PTR_SPECIAL_A + i] = planes[i]->Special(set);
+        }
+      }
       if (LaunchPortable("tune", problem, pointers, kernel, nullptr) == FXFUSE_OK) return;
       fprintf(stderr, "%s\n", fxfuse_last_error());
       exit(1);

@@ -135,9 +135,9 @@ typedef enum {
 // fp32 by FXFUSE_ROUTE_SKINNY. With b_transposed B is [K, N] with adjacent N, and ldb the stride of
 // a row of that. With planes A and B are that many F16 planes each, as fxfuse_cuda_split leaves
 // them, and element (m, n) of their product is multiplied by (root_a[m] * root_b[n])^2 before the
-// bias is added. Of one plane the product is hi * hi^T. Of two it is hi * hi^T + hi * lo^T + lo *
-// hi^T, added up in fp32 at least every 64 of K, but hi * hi^T alone where row m of A or row n of B
-// is special.
+// bias is added. Of one plane, which only FXFUSE_ROUTE_HOPPER takes, the product is hi * hi^T. Of
+// two it is hi * hi^T + hi * lo^T + lo * hi^T, added up in fp32 at least every 64 of K, but hi *
+// hi^T alone where row m of A or row n of B is special.
 // Without has_gemm: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B
 // unused.
 typedef struct {
