@@ -129,7 +129,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dz: torch.Tensor) -> Any:
         made: Plan = ctx.plan
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = made.needs[:3]
+        of_x, of_weight, of_bias = (*_wanted(ctx), False)[:3]
         flat = dz.reshape(-1, dz.shape[-1])
         dx = dw = db = None
         with _as_forward(dz):
@@ -182,17 +182,38 @@ class _Chain(torch.autograd.Function):
         # Read once: checkpointing recomputes at each reading.
         given: Given = dict(zip(made.saved, ctx.saved_tensors, strict=True))
         incoming = tuple(i for i, g in enumerate(grads) if g is not None)
-        if not incoming:
+        wanted = _wanted(ctx)
+        of_operands = wanted[len(wanted) - len(ctx.shapes) :]
+        wrt = tuple(
+            v for v in made.wrt if (of_operands[v.index] if isinstance(v, Operand) else wanted[0])
+        )
+        if not incoming or not wrt:
             return (None,) * (3 + len(ctx.shapes))
         given |= {Incoming(i): g for i, g in enumerate(grads) if g is not None}
-        done = work(made, incoming)
+        done = work(made, incoming, wrt)
         with _as_forward(given[Incoming(incoming[0])]):
             again = torch.is_grad_enabled()
             summed = _recorded(made, done, given) if again else _run(made, done, given)
-            dz, *of_operands = _gradients(made, given, summed, ctx.shapes, ctx.dtypes)
+            dz, *rest = _gradients(made, wrt, given, summed, ctx.shapes, ctx.dtypes)
         if not again:
             ctx.link.dz, ctx.link.db = dz, summed.get((ACC, Reduction.ROWS))
-        return None, None, dz, *of_operands
+        return None, None, dz, *rest
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """For each tensor a node was given, whether this backward wants its gradient: not one that
+    `torch.autograd.grad` was asked for without it."""
+    return [node is not None and _executes(node) for node, _ in ctx.next_functions]
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return bool(_will_execute(node))
+    except RuntimeError:  # the gradient of a leaf that was asked for
+        return True
+
+
+_will_execute = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def _as_forward(tensor: torch.Tensor) -> Any:
@@ -207,12 +228,13 @@ _NOTHING = contextlib.nullcontext()
 
 def _gradients(
     made: Plan,
+    wrt: tuple[Variable, ...],
     given: Given,
     summed: Summed,
     shapes: Sequence[torch.Size],
     dtypes: Sequence[torch.dtype],
 ) -> list[torch.Tensor | None]:
-    """The gradients of z and of each operand; None where none is needed or comes."""
+    """The gradients of z and of each operand; None where none is wanted or comes."""
 
     def whole(variable: Variable, over: Reduction, shape: torch.Size) -> torch.Tensor | None:
         gradient = summed.get((variable, over))
@@ -222,7 +244,7 @@ def _gradients(
         return gradient if gradient.shape == shape else _sum_to(gradient, shape)
 
     found: list[torch.Tensor | None] = [None] * (1 + len(shapes))
-    for variable, over, _ in made.asked:
+    for variable, over, _ in (a for a in made.asked if a[0] in wrt):
         if isinstance(variable, Operand):
             gradient = whole(variable, over, shapes[variable.index])
             dtype = dtypes[variable.index]

@@ -39,7 +39,7 @@ class Plan:
     each needs and the dtype to have it in. flat: variables whose gradient is zero, whatever comes
     in. saved: what the chain's backward is given. from_z: it starts from z (`vjp`), which
     `recompute` says is computed again; else from outputs (`without_z`), of which it may read
-    `stored`. works: what to run for each set of incoming gradients met so far.
+    `stored`. works: what to run for each set of incoming and wanted gradients met so far.
     """
 
     static: Static
@@ -59,7 +59,7 @@ class Plan:
     from_z: bool
     recompute: bool
     stored: tuple[int, ...]
-    works: dict[tuple[int, ...], Work] = field(default_factory=dict)
+    works: dict[tuple[tuple[int, ...], tuple[Variable, ...]], Work] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,24 +210,25 @@ def _asked(
 # What to run -------------------------------------------------------------------------------------
 
 
-def work(plan: Plan, incoming: tuple[int, ...]) -> Work:
-    """What to run where the outputs `incoming` have gradients."""
-    found = plan.works.get(incoming)
+def work(plan: Plan, incoming: tuple[int, ...], wrt: tuple[Variable, ...]) -> Work:
+    """What to run for the gradients of `wrt` where the outputs `incoming` have gradients."""
+    found = plan.works.get((incoming, wrt))
     if found is None:
-        found = plan.works[incoming] = _work(plan, incoming)
+        found = plan.works[incoming, wrt] = _work(plan, incoming, wrt)
     return found
 
 
-def _work(plan: Plan, incoming: tuple[int, ...]) -> Work:
-    backward = backward_of(plan.program, plan.wrt, incoming, plan.from_z, plan.stored)
+def _work(plan: Plan, incoming: tuple[int, ...], wrt: tuple[Variable, ...]) -> Work:
+    backward = backward_of(plan.program, wrt, incoming, plan.from_z, plan.stored)
+    asked = [a for a in plan.asked if a[0] in wrt]
     if backward.program is None:
         by = {g.of: g.by for g in backward.gradients}
-        passed: Found = {(v, over): (by[v], over) for v, over, _ in plan.asked if v in by}
+        passed: Found = {(v, over): (by[v], over) for v, over, _ in asked if v in by}
         return Work(backward, None, None, passed)
     views = (*plan.views, plan.shape) if _views(backward.program) else ()
     plain = Static(str(backward.program), views=views, site=plan.static.site)
     for summed in (True, False):
-        stores, found = _stores(backward, plan.asked, summed)
+        stores, found = _stores(backward, asked, summed)
         if not stores:
             return Work(backward, None, plain, found)
         outputs = tuple(backward.program.outputs[n] for n, _ in stores)

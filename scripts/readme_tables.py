@@ -1,7 +1,8 @@
 """Writes the generated parts of README.md: the quickstart's output and the benchmark tables.
 
 A part lies between `<!-- NAME -->` and `<!-- /NAME -->`. `report` is what the code between the
-`quickstart` markers prints; `benchmarks:NAME` is made from benchmarks/NAME.json.
+`quickstart` markers prints; `benchmarks:NAME` and `training:NAME` are made from
+benchmarks/NAME.json.
 
     python scripts/readme_tables.py           rewrite README.md
     python scripts/readme_tables.py --check   fail, and say what is stale, without writing
@@ -57,6 +58,10 @@ def regenerate(text: str) -> str:
         path = ROOT / "benchmarks" / f"{name}.json"
         results = json.loads(path.read_text()) if path.exists() else None
         text = _replace(text, f"benchmarks:{name}", benchmark_section(results))
+    for name in re.findall(r"<!-- training:([\w-]+) -->", text):
+        path = ROOT / "benchmarks" / f"{name}.json"
+        results = json.loads(path.read_text()) if path.exists() else None
+        text = _replace(text, f"training:{name}", training_section(results))
     if "<!-- report -->" in text:
         text = _replace(text, "report", f"```text\n{quickstart_output(text)}\n```")
     return text
@@ -100,6 +105,32 @@ def benchmark_section(results: dict[str, Any] | None) -> str:
         times = (f"{e['seconds']:.2f} s for {e['linears']}" for e in results["optimize"])
         parts.append(f"`optimize()` by number of Linears: {', '.join(times)}.")
     return "\n\n".join(parts)
+
+
+def training_section(results: dict[str, Any] | None) -> str:
+    """Return the table of one training benchmark as Markdown."""
+    if results is None:
+        return "Not measured yet."
+    names = ("eager", "compile", "fxfuse")
+    memory = "peak_mb" if results["environment"]["device"] == "cuda" else "kept_mb"
+    word = "peak" if memory == "peak_mb" else "kept"
+    headers = ["model", "dtype", *(TITLES[n] for n in names)]
+    headers += [f"{word} MB: {TITLES[n]}" for n in names]
+    headers += [f"error: {TITLES[n]}" for n in ("eager", "fxfuse")]
+    body = []
+    for entry in results["training"]:
+        rows = {row["name"]: row for row in entry["contestants"]}
+        cells = [entry["model"].replace("_", "-"), entry["dtype"]]
+        cells += [_number(rows.get(n, {}).get("median_ms"), "{:.3g}") for n in names]
+        cells += [_number(rows.get(n, {}).get(memory), "{:.0f}") for n in names]
+        worst = [max(rows[n].get("gradient_errors", {"": 0}).values()) for n in ("eager", "fxfuse")]
+        body.append([*cells, *(f"{e:.1e}" for e in worst)])
+    shapes = dict.fromkeys(_shape(entry) for entry in results["training"])
+    table = tabulate(body, headers, tablefmt="github", disable_numparse=True)
+    return (
+        f"{_measured_on(results['environment'])}\n\n{', '.join(shapes)}, milliseconds of forward "
+        f"and backward; the largest error of any gradient against float64:\n\n{table}"
+    )
 
 
 def _measured_on(environment: dict[str, Any]) -> str:

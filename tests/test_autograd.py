@@ -21,7 +21,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fxfuse
-from fxfuse import cli, recipes, reference
+from fxfuse import autograd, cli, recipes, reference
 from fxfuse.fused import backwards_taken, fused_linear
 from fxfuse.program import parse
 
@@ -339,6 +339,40 @@ def test_only_one_input_needs_a_gradient(which: int, text: str, device: str) -> 
 
 def _tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_gradients_that_are_not_asked_for_are_not_computed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimized = made(device)
+    x = randn(8, 16).float().to(device).requires_grad_()
+    products: list[torch.Size] = []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        products.append(a.shape)
+        return torch.mm(a, b)
+
+    monkeypatch.setattr(autograd, "product", counted)
+    for wanted, count in (
+        ([x], 1),
+        ([model.linear.weight], 1),
+        ([model.linear.bias], 0),
+        ([model.scale], 0),
+        ([x, model.linear.weight, model.scale], 2),
+    ):
+        for create_graph in (False, True):
+            products.clear()
+            grads = [
+                torch.autograd.grad(f(x).sum(), wanted, create_graph=create_graph)
+                for f in (optimized, model)
+            ]
+            close(*grads)
+            assert len(products) == count
+    products.clear()
+    optimized(x).sum().backward(inputs=[model.scale])
+    assert not products
+    expected = torch.autograd.grad(model(x).sum(), model.scale)[0]
+    close(model.scale.grad, expected)
 
 
 def test_tensors_offloaded_between_the_passes(device: str) -> None:

@@ -60,6 +60,28 @@ def test_benchmark_section_shows_times_errors_and_gaps() -> None:
     assert "`optimize()` by number of Linears: 0.50 s for 200." in section
 
 
+def test_training_section_shows_times_memory_and_the_worst_gradient() -> None:
+    script = load_script("readme_tables")
+    rows = [
+        {
+            "name": n,
+            "median_ms": ms,
+            "kept_mb": 8.4,
+            "gradient_errors": {"input": e, "weight": 2 * e},
+        }
+        for n, ms, e in (("eager", 20.0, 1e-6), ("fxfuse", 15.0, 5e-7))
+    ]
+    rows.append({"name": "compile", "note": "RuntimeError: no compiler"})
+    found = results()
+    entry = {**found["models"][0], "contestants": rows}
+    text = script.training_section({"environment": found["environment"], "training": [entry]})
+    assert "| 20 " in text
+    assert "2.0e-06" in text
+    assert "1.0e-06" in text
+    assert "kept MB: fxfuse" in text
+    assert script.training_section(None) == "Not measured yet."
+
+
 def test_readme_parts_are_replaced_between_their_markers() -> None:
     script = load_script("readme_tables")
     text = "a\n<!-- benchmarks:nothing -->\nold\n<!-- /benchmarks:nothing -->\nb\n"
@@ -79,7 +101,7 @@ def test_readme_is_up_to_date() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("name", ["bench", "demo", "readme_tables"])
+@pytest.mark.parametrize("name", ["bench", "bench_training", "demo", "readme_tables"])
 def test_script_prints_its_help(name: str) -> None:
     run = subprocess.run(
         [sys.executable, ROOT / "scripts" / f"{name}.py", "--help"],
