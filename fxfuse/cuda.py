@@ -201,8 +201,10 @@ def prefers_planes(
     if precision == "highest":
         if capability not in _PLANES_ROWS:
             return False
-        # Of a shorter K cuBLAS's sums in fp32 are the more accurate ones.
-        return n >= 64 and k >= 64 and m >= _PLANES_ROWS[capability][0 if frozen_weight else 1]
+        # Of a shorter K cuBLAS's sums in fp32 are the more accurate ones, and a small product is a
+        # matter of launches.
+        large = k >= 64 and n * k >= 2**18
+        return large and m >= _PLANES_ROWS[capability][0 if frozen_weight else 1]
     return capability == (9, 0) and n >= 768 and m >= (128 if frozen_weight else 768)
 
 

@@ -16,6 +16,7 @@ from fxfuse.routes import Recipe
 
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
 WIDE = "t1 = gelu acc; t2 = mul t1, $0; t3 = add t2, $1; t4 = mul t3, acc; store t4, t1"
+KEEPS = "t1 = silu acc; t2 = mul t1, $1; store t2, acc"  # a chain that keeps what a backward needs
 GELU = "t1 = gelu acc; store t1"
 HALVES = [torch.bfloat16, torch.float16]
 # Whole tiles, tiles at the edge in either direction, N no multiple of 32 or of 8, a lone row.
@@ -98,6 +99,9 @@ def test_every_tile_and_division(size, transposed, dtype):
                 continue
             served += 1
             assert error(found[0], chain) <= 1.05 * error(eager_chain, chain), (tile, split)
+            outputs = run_tile(x, stored, bias, [row, full], KEEPS, tile, split, transposed)
+            assert error(outputs[0], F.silu(acc) * full.double()) < 8e-3, (tile, split)
+            assert error(outputs[1], acc) <= 1.05 * error(acc.to(dtype), acc) + 1e-5
             outputs = run_tile(x, stored, bias, [row, full], WIDE, tile, split, transposed)
             assert error(outputs[0], wide) < 8e-3, (tile, split)
             assert error(outputs[1], gelu) <= 1.05 * error(gelu.to(dtype), gelu) + 1e-5

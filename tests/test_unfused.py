@@ -88,8 +88,8 @@ def test_shared_and_strided_products():
 class TestOnCuda:
     def test_fp32_runs_on_planes_and_learns_as_eager(self):
         torch.manual_seed(0)
-        x, weight = torch.randn(256, 512, device="cuda"), torch.randn(384, 512, device="cuda")
-        bias = torch.randn(384, device="cuda")
+        x, weight = torch.randn(256, 512, device="cuda"), torch.randn(512, 512, device="cuda")
+        bias = torch.randn(512, device="cuda")
         truth = F.linear(x.double(), weight.double(), bias.double())
         found = unfused_linear(x, weight, bias, site="alone")
         eager = F.linear(x, weight, bias)

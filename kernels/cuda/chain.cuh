@@ -35,8 +35,8 @@ class Chain {
         more_codes_(static_cast<uint32_t>(program.chain_codes >> 32)),
         rows_(static_cast<int>(program.rows)),
         columns_(static_cast<int>(program.columns)),
-        output_(program.output[program.chain_output].data),
-        output_stride_(program.output[program.chain_output].row_stride) {
+        output_(program.output[program.chain_output[0]].data),
+        output_stride_(program.output[program.chain_output[0]].row_stride) {
     // Or the compiler would fetch them again where they are used.
     asm volatile(""
                  : "+r"(first_codes_), "+r"(more_codes_), "+r"(rows_), "+r"(columns_),
@@ -50,6 +50,9 @@ class Chain {
     column_ = column;
     adjacent_ = adjacent;
     uint32_t codes = first_codes_;
+    void* output = output_;
+    int64_t output_stride = output_stride_;
+    int stores = 0;
 #pragma unroll 1
     for (int i = 0;; ++i) {
       const ChainCode code = static_cast<ChainCode>(codes & 15);
@@ -86,12 +89,14 @@ class Chain {
         case ChainCode::mul_full:
           Combine<Opcode::mul, true>(step, v);
           continue;
-        case ChainCode::end:
-          break;
+        case ChainCode::store:
+          Store(output, output_stride, v);
+          if (++stores == program_.chain_stores) return;
+          output = program_.output[program_.chain_output[stores]].data;
+          output_stride = program_.output[program_.chain_output[stores]].row_stride;
+          continue;
       }
-      break;
     }
-    Store(v);
   }
 
   // Column `w` of the lane's eight in a block.
@@ -201,12 +206,13 @@ class Chain {
     }
   }
 
-  __device__ __forceinline__ void Store(const Values& v) const {
+  __device__ __forceinline__ void Store(void* output, int64_t output_stride,
+                                        const Values& v) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t row = row_ + 8 * h;
       if (row >= rows_) return;
-      char* const to = static_cast<char*>(output_) + (row * output_stride_ + Column(0, 0)) * kBytes;
+      char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
       const int left = ColumnsLeft();
       if (kDtype == FXFUSE_F32 || adjacent_) {
 #pragma unroll

@@ -100,9 +100,9 @@ Interval After(ChainCode code, const ChainStep& step, Interval x) {
   }
 }
 
-// The step at its cheapest for arguments in an interval; `end` where they are its results.
+// The step at its cheapest for arguments in an interval; `store` where they are its results.
 ChainCode Cheapest(ChainCode code, const ChainStep& step, Interval x) {
-  if (code == ChainCode::clamp && x.Within(step.p0, step.p1)) return ChainCode::end;
+  if (code == ChainCode::clamp && x.Within(step.p0, step.p1)) return ChainCode::store;
   if (!x.Within(-1.0f, 1.0f)) return code;
   if (code == ChainCode::gelu) return ChainCode::gelu_unit;
   if (code == ChainCode::tanh) return ChainCode::tanh_unit;
@@ -121,7 +121,7 @@ bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
     FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
 #undef FXFUSE_CHAIN
     case Opcode::copy:
-      *code = ChainCode::end;
+      *code = ChainCode::store;
       return kind == ChainKind::kNone;
     case Opcode::add:
       *code = kind == ChainKind::kConstant ? ChainCode::add_constant
@@ -138,8 +138,8 @@ bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
   }
 }
 
-// Fills `step` from an instruction, with the code `end` where there is nothing to do; false where a
-// chain has no such step.
+// Fills `step` from an instruction, with the code `store` where there is nothing to do but that;
+// false where a chain has no such step.
 bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instruction, int dtype,
                    ChainStep* step, ChainCode* code) {
   *step = {};
@@ -168,29 +168,34 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
 
 // Fills the chain from the program's instructions, operands and outputs.
 void TranslateChain(DeviceProgram* program) {
-  program->chain_count = 0;
+  program->chain_count = program->chain_stores = 0;
   program->chain_codes = 0;
   const int count = program->instruction_count;
   if (count > kMaxChain || program->columns % 8 != 0) return;
-  const int output = program->instruction[count - 1].store;
-  if (output < 0) return;
-  const int dtype = program->output[output].dtype;
+  const int last = program->instruction[count - 1].store;
+  if (last < 0) return;
+  const int dtype = program->output[last].dtype;
   Interval interval;
   int steps = 0;
   for (int i = 0; i < count; ++i) {
     const fxfuse_instruction& instruction = program->instruction[i];
-    const bool last = i + 1 == count;
-    if ((instruction.store >= 0) != last) return;
     ChainStep& step = program->chain[steps];
     ChainCode code;
     if (!TranslateStep(*program, instruction, dtype, &step, &code)) return;
     code = Cheapest(code, step, interval);
-    if (code == ChainCode::end) continue;
-    interval = After(code, step, interval);
-    program->chain_codes |= static_cast<uint64_t>(code) << (4 * steps++);
+    if (code != ChainCode::store) {
+      interval = After(code, step, interval);
+      program->chain_codes |= static_cast<uint64_t>(code) << (4 * steps++);
+    }
+    if (instruction.store < 0) continue;
+    const DeviceOutput& output = program->output[instruction.store];
+    if (program->chain_stores == kMaxChainStores) return;
+    if (output.dtype != dtype || !output.vector) return;
+    program->chain_output[program->chain_stores++] = instruction.store;
+    ++steps;  // its code is zero
   }
-  program->chain_output = output;
-  if (program->output[output].vector) program->chain_count = count;
+  static_assert(static_cast<int>(ChainCode::store) == 0, "as said above");
+  program->chain_count = count;
 }
 
 }  // namespace
@@ -239,7 +244,7 @@ int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
   static void* const kNone[FXFUSE_PTR_COUNT] = {};
   DeviceProgram program;
   TranslateProgram(problem, pointers != nullptr ? pointers : kNone, &program);
-  return program.chain_count > 0 ? program.output[program.chain_output].dtype : kNoChain;
+  return program.chain_count > 0 ? program.output[program.chain_output[0]].dtype : kNoChain;
 }
 
 MathLevel RequiredMath(const fxfuse_problem& problem) {

@@ -43,12 +43,12 @@ constexpr int64_t kMaxRows = INT32_MAX - 1024;
 
 // A program is a chain when each instruction works on what the one before left, with at most one
 // operand in vectors of eight columns (see row_operands) or with a constant; when none is kept in a
-// slot; when the last alone stores, in such vectors; and when output and operands are of one dtype.
-// Chain runs chains of these ops, and Interpreter any program.
+// slot; when the last stores and at most one before it, in such vectors; and when outputs and
+// operands are of one dtype. Chain runs chains of these ops, and Interpreter any program.
 #define FXFUSE_CHAIN_OPS(X) X(relu) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh)
 
 enum class ChainCode : uint8_t {
-  end,
+  store,  // to the next of chain_output; the last ends the chain
 #define FXFUSE_CHAIN(name) name,
   FXFUSE_CHAIN_OPS(FXFUSE_CHAIN)
 #undef FXFUSE_CHAIN
@@ -69,7 +69,9 @@ struct ChainStep {
   int64_t row_stride;  // of data, in elements
 };
 
-constexpr int kMaxChain = 12;  // four bits of chain_codes each, and an end
+constexpr int kMaxChain = 12;       // instructions
+constexpr int kMaxChainStores = 2;  // one of which is no step of an instruction
+static_assert(kMaxChain + kMaxChainStores <= 16, "four bits of chain_codes each");
 
 // The bias is one more operand, added by one more instruction.
 constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
@@ -87,9 +89,10 @@ struct DeviceProgram {
   DeviceOutput output[FXFUSE_MAX_OUTPUTS];
   int32_t output_count;
   int32_t chain_count;  // instructions of the program if it is a chain (with no more steps), else 0
-  int32_t chain_output;
+  int16_t chain_output[kMaxChainStores];
+  int32_t chain_stores;
   uint64_t chain_codes;  // a ChainCode for each step in four bits, the first in the lowest
-  ChainStep chain[kMaxChain];
+  ChainStep chain[kMaxChain + kMaxChainStores];
 };
 
 // Kernel parameters are limited to 4 KB on every architecture we build for.
