@@ -195,7 +195,8 @@ def prefers_planes(
 
     Elsewhere "highest" goes by data sheets, with twice the rows: fp16 products reach 312 TFLOP/s
     where fp32 has 19.5 (sm_80), 2250 where it has 80 (sm_100, of which mma.sync gets a part), so
-    that three of them win. The rest (8.6, 8.7, 8.9, 12.x) multiply fp16 with sums in fp32 only 2 to
+    that three of them win. The portable route adds up twice as often as Hopper's, so that sums of
+    positive terms lose more than cuBLAS's where K is beyond 4096: there cuBLAS stays. The rest (8.6, 8.7, 8.9, 12.x) multiply fp16 with sums in fp32 only 2 to
     4 times as fast as fp32: three products do not pay.
     """
     if precision == "highest":
@@ -204,6 +205,8 @@ def prefers_planes(
         # Of a shorter K cuBLAS's sums in fp32 are the more accurate ones, and a small product is a
         # matter of launches.
         large = k >= 64 and n * k >= 2**18
+        if capability != (9, 0) and k > 4096:
+            return False
         return large and m >= _PLANES_ROWS[capability][0 if frozen_weight else 1]
     return capability == (9, 0) and n >= 768 and m >= (128 if frozen_weight else 768)
 

@@ -67,6 +67,7 @@ def test_highest_precision_takes_planes_from_so_many_rows_on(capability, frozen,
     assert prefers_planes("highest", rows, 512, 512, frozen, capability)
     assert not prefers_planes("highest", rows - 1, 512, 512, frozen, capability)
     assert not prefers_planes("highest", rows, 512, 63, frozen, capability)
+    assert prefers_planes("highest", rows, 512, 8192, frozen, capability) == (capability == (9, 0))
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 7), (8, 9), (12, 0)])
@@ -224,10 +225,12 @@ def test_error_is_at_most_that_of_sgemm(family, k, route):
         assert worst < 2**-21
         assert row_errors(found, truth).mean() < 2**-22
         return
+    # The portable route adds up more often; of such a K no call takes it by default.
+    share = 1.0 if route == "hopper" else 1.1 if k <= 4096 else 3.5
     for ours in (found, turned):
-        assert row_errors(ours, truth).norm() <= row_errors(eager, truth).norm() + slack
+        assert row_errors(ours, truth).norm() <= share * row_errors(eager, truth).norm() + slack
         worst = componentwise(ours, x, weight, truth).amax()
-        assert worst <= componentwise(eager, x, weight, truth).amax() + slack
+        assert worst <= share * componentwise(eager, x, weight, truth).amax() + slack
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_infinities_and_nans_are_where_eager_has_them(route, tile, division, row
     assert torch.equal(found[found.isinf()].sign(), eager[eager.isinf()].sign())
     finite = eager.isfinite()
     truth = F.linear(x.double(), weight.double())[finite]
-    assert error(found[finite], truth) <= error(eager[finite], truth)
+    assert error(found[finite], truth) <= error(eager[finite], truth) + 6e-8
 
 
 @both_routes

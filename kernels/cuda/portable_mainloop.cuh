@@ -116,11 +116,11 @@ __device__ __forceinline__ void MultiplyStages(StageRing<Config>& ring,
   }
 }
 
-// Three products of two planes each, promoted every two stages (see planes.cuh): sums of positive
-// terms would suffer from twice as many roundings. In a stage what is small comes first, so that
-// less is truncated; it is no more than 32 of K because its high fragments stay in registers until
-// the small products are done. Whatever is read next has the time of 16 multiplications of the
-// large tile to arrive.
+// Three products of two planes each, stage by stage from zero, and promoted (see planes.cuh): what
+// is small comes first, so that less is truncated. A stage, and so a part, is no more than 32 of K
+// because its high fragments stay in registers until the small products are done; half as much is
+// truncated of it as of 64, so every other part is promoted with kRegain. Whatever is read next has
+// the time of 16 multiplications of the large tile to arrive.
 template <class Config>
 __device__ __forceinline__ void MultiplyPlanes(StageRing<Config>& ring,
                                                const LaneAddresses<Config>& lane, int stages,
@@ -135,9 +135,10 @@ __device__ __forceinline__ void MultiplyPlanes(StageRing<Config>& ring,
   LoadFragments(b, high_b[0]);
   LoadFragments(a, high_a[0]);
   LoadFragments(b ^ kLow, low_b);
-  WarpAccumulator<Config> part = {};
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
+    WarpAccumulator<Config> part = {};
+    const float regain = stage % 2 == 0 ? kRegain : 1.0f;
     LoadFragments(b ^ kStep, high_b[1]);
     LoadFragments(a ^ kStep, high_a[1]);
     Multiply<Config>(low_a, high_b[0], part);
@@ -156,16 +157,12 @@ __device__ __forceinline__ void MultiplyPlanes(StageRing<Config>& ring,
     LoadFragments(b, high_b[0]);
     LoadFragments(a, high_a[0]);
     Multiply<Config>(high_a[1], high_b[1], part);
-    if (stage % 2 == 0 && stage + 1 < stages) continue;
 #pragma unroll
     for (int i = 0; i < Config::kMmasM; ++i) {
 #pragma unroll
       for (int j = 0; j < Config::kMmasN; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sum[i][j][e] = fmaf(part[i][j][e], kRegain, sum[i][j][e]);
-          part[i][j][e] = 0.0f;
-        }
+        for (int e = 0; e < 4; ++e) sum[i][j][e] = fmaf(part[i][j][e], regain, sum[i][j][e]);
       }
     }
   }
