@@ -196,8 +196,9 @@ def prefers_planes(
     Elsewhere "highest" goes by data sheets, with twice the rows: fp16 products reach 312 TFLOP/s
     where fp32 has 19.5 (sm_80), 2250 where it has 80 (sm_100, of which mma.sync gets a part), so
     that three of them win. The portable route adds up twice as often as Hopper's, so that sums of
-    positive terms lose more than cuBLAS's where K is beyond 4096: there cuBLAS stays. The rest (8.6, 8.7, 8.9, 12.x) multiply fp16 with sums in fp32 only 2 to
-    4 times as fast as fp32: three products do not pay.
+    positive terms lose more than cuBLAS's where K is beyond 4096: there cuBLAS stays. The rest
+    (8.6, 8.7, 8.9, 12.x) multiply fp16 with sums in fp32 only 2 to 4 times as fast as fp32: three
+    products do not pay.
     """
     if precision == "highest":
         if capability not in _PLANES_ROWS:
@@ -223,6 +224,8 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
     if m > 64 and (n % 32 or k % 64):
         return "cublas"  # rows that begin inside a cache line arrive slowly
+    if m <= 64 and k >= 16 * n:
+        return "cublas"  # all of the time goes into adding up what many blocks have of K
     # Few tiles and a long K: cuBLAS divides K with less to add up, but for the longest.
     few_tiles = m >= 256 and -(-m // 128) * -(-n // 128) <= 64
     return "cublas" if few_tiles and k >= 4 * n and (m > 512 or k < 16 * n) else "auto"

@@ -45,7 +45,7 @@ WEIGHTS = (
 )
 # What a division must save to be chosen: the fit is no better than this, and whole tiles disturb
 # their neighbours less.
-MARGIN = 1.05
+MARGIN = 1.1
 COSTS = Path(__file__).parent.parent / "kernels" / "cuda" / "hopper_costs.inc"
 
 

@@ -226,7 +226,7 @@ def test_error_is_at_most_that_of_sgemm(family, k, route):
         assert row_errors(found, truth).mean() < 2**-22
         return
     # The portable route adds up more often; of such a K no call takes it by default.
-    share = 1.0 if route == "hopper" else 1.1 if k <= 4096 else 3.5
+    share = 1.0 if route == "hopper" else 1.3 if k <= 4096 else 3.5
     for ours in (found, turned):
         assert row_errors(ours, truth).norm() <= share * row_errors(eager, truth).norm() + slack
         worst = componentwise(ours, x, weight, truth).amax()
