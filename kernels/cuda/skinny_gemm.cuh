@@ -315,7 +315,11 @@ __device__ __forceinline__ void SkinnyEpilogue(const SkinnyArguments& arguments,
 // Waits for all threads of all blocks that share a tile.
 __device__ __forceinline__ void Everyone(int split) {
 #ifdef FXFUSE_SKINNY_CLUSTERS
-  if (split > 1) return cluster_sync();
+  // As a block first: racecheck does not take a barrier of the cluster for one.
+  if (split > 1) {
+    __syncthreads();
+    return cluster_sync();
+  }
 #endif
   __syncthreads();
 }
