@@ -47,11 +47,10 @@ struct SkinnyConfig {
   using Fragment = RowFragment<4, (kRows < 4 ? kRows : 4)>;
 
   // In the end the ring holds the sums of all groups of warps, in rows with four floats of padding
-  // (lanes write several rows at a time), and what the other blocks of a cluster send.
+  // (lanes write several rows at a time).
   static constexpr int kSums = kRows * kColumns / kSkinnyLanesK;  // that a lane is left with
   static constexpr int kPadding = 4;
-  static constexpr int kInboxBytes = kTileColumns * kRows * 4;
-  static constexpr int kPartBytes = kInboxBytes + kPadding * kSkinnyWarps * kRows * 4;
+  static constexpr int kPartBytes = (kTileColumns + kPadding * kSkinnyWarps) * kRows * 4;
 
   static_assert(kRows * kColumns % kSkinnyLanesK == 0, "lanes share the sums evenly");
   static_assert(kRows * kColumns <= 128, "half of a thread's registers");
@@ -60,7 +59,7 @@ struct SkinnyConfig {
                 "a thread has a fragment at most");
   static_assert(kTileColumns / kSkinnyWarps / 4 * kRows / Fragment::kRows >= kSkinnyMaxSplit,
                 "fragments are dealt out evenly");
-  static_assert(kPartBytes + kInboxBytes <= 2 * (kStageBytesB + kRows * kRowBytes),
+  static_assert(kPartBytes <= 2 * (kStageBytesB + kRows * kRowBytes),
                 "two stages hold what the epilogue passes on");
 };
 
@@ -247,11 +246,13 @@ __device__ __forceinline__ void AddFragments(const float4* from, int row_step, i
 }
 
 // Adds up what lanes, groups of warps and blocks have got from their parts of K, runs the program
-// and stores. No copy is under way.
+// and stores. No copy is under way. `inbox` is where other blocks send what they have got: memory
+// of its own, for racecheck takes no barrier of a cluster to end what copies have written.
 template <class Config>
 __device__ __forceinline__ void SkinnyEpilogue(const SkinnyArguments& arguments,
-                                               const SkinnyPlace& place, uint8_t* ring, int column0,
-                                               int rank, SkinnySums<Config>& sum) {
+                                               const SkinnyPlace& place, uint8_t* ring,
+                                               uint8_t* inbox, int column0, int rank,
+                                               SkinnySums<Config>& sum) {
   using Fragment = typename Config::Fragment;
   using Patch = SkinnyPatch<Config>;
   const int tile_columns = Config::kTileColumns >> arguments.log2_groups;
@@ -283,7 +284,6 @@ __device__ __forceinline__ void SkinnyEpilogue(const SkinnyArguments& arguments,
 #ifdef FXFUSE_SKINNY_CLUSTERS
   if (const int split = arguments.split; split > 1) {
     const int share = patches / split * Fragment::kRows;  // in elements of four floats
-    uint8_t* const inbox = ring + Config::kPartBytes;
     if (exists) {
       const int to = rank * share + index / split * Fragment::kRows;
 #pragma unroll
@@ -315,11 +315,7 @@ __device__ __forceinline__ void SkinnyEpilogue(const SkinnyArguments& arguments,
 // Waits for all threads of all blocks that share a tile.
 __device__ __forceinline__ void Everyone(int split) {
 #ifdef FXFUSE_SKINNY_CLUSTERS
-  // As a block first: racecheck does not take a barrier of the cluster for one.
-  if (split > 1) {
-    __syncthreads();
-    return cluster_sync();
-  }
+  if (split > 1) return cluster_sync();
 #endif
   __syncthreads();
 }
@@ -381,7 +377,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 1)
   // Epilogue.
   copy_async_wait<0>();
   Everyone(split);  // the rings become the epilogue's
-  SkinnyEpilogue<Config>(arguments, place, shared, column0, rank, sum);
+  SkinnyEpilogue<Config>(arguments, place, shared, shared + ring_bytes, column0, rank, sum);
 }
 
 }  // namespace fxfuse

@@ -53,6 +53,10 @@ struct SkinnyKernel {
   int StageBytes(int groups) const {
     return (kSkinnyThreads * 4 * int{columns} + groups * kSkinnyStep * int{rows}) * 4;
   }
+  // Behind the ring: what the blocks of a cluster send.
+  int InboxBytes(int groups, int split) const {
+    return split > 1 ? TileColumns(groups) * int{rows} * 4 : 0;
+  }
 };
 
 // The instantiations, in skinny_f32.cu.

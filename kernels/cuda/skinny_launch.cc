@@ -47,10 +47,14 @@ double Cost(const SkinnyKernel& kernel, int groups, int split, const fxfuse_prob
          (stages * stage + kOnce + (split > 1 ? kCluster : 0));
 }
 
+int SharedBytes(const SkinnyKernel& kernel, int groups, int split, int depth) {
+  return depth * kernel.StageBytes(groups) + kernel.InboxBytes(groups, split);
+}
+
 // The deepest ring that fits, or 0.
-int Depth(const SkinnyKernel& kernel, int groups, const DeviceLimits& device) {
+int Depth(const SkinnyKernel& kernel, int groups, int split, const DeviceLimits& device) {
   for (const int depth : kSkinnyDepths) {
-    if (depth * kernel.StageBytes(groups) <= device.shared_bytes_per_block) return depth;
+    if (SharedBytes(kernel, groups, split, depth) <= device.shared_bytes_per_block) return depth;
   }
   return 0;
 }
@@ -68,7 +72,7 @@ Division BestDivision(const SkinnyKernel& kernel, const fxfuse_problem& problem,
   for (int split = 1; split <= (device.hopper ? kSkinnyMaxSplit : 1); split *= 2) {
     if (Resident(split, device) == 0) break;
     for (int groups = 1; groups <= kSkinnyWarps; groups *= 2) {
-      if (Depth(kernel, groups, device) == 0) continue;
+      if (Depth(kernel, groups, split, device) == 0) continue;
       const int tile = 16 * kernel.TileColumns(groups) + split;
       if (problem.tile != 0 && problem.tile != tile) continue;
       const double cost = Cost(kernel, groups, split, problem, device);
@@ -89,13 +93,14 @@ SkinnyChoice ChooseSkinny(const fxfuse_problem& problem, bool aligned, const Dev
   const SkinnyKernel* const kernel = BestKernel(
       SkinnyF32(), RequiredMath(problem),
       [&](const SkinnyKernel& k) {
-        return k.rows >= problem.m && Depth(k, 1, device) > 0 &&
+        return k.rows >= problem.m && Depth(k, 1, 1, device) > 0 &&
                (problem.tile == 0 || BestDivision(k, problem, device).groups > 0);
       },
       [](const SkinnyKernel& k) { return int{k.rows}; });
   if (kernel == nullptr) return {};
   const Division division = BestDivision(*kernel, problem, device);
-  return {kernel, division.groups, division.split, Depth(*kernel, division.groups, device)};
+  const int depth = Depth(*kernel, division.groups, division.split, device);
+  return {kernel, division.groups, division.split, depth};
 }
 
 fxfuse_status PrepareSkinny(const char* call, const DeviceLimits& device) {
@@ -132,7 +137,8 @@ fxfuse_status LaunchSkinny(const char* call, const fxfuse_problem& problem, void
   TranslateProgram(problem, pointers, &arguments.program);
   const int64_t tiles = CeilDivide(problem.n, kernel.TileColumns(choice.groups));
   return Launch(call, kernel.name, kernel.function, tiles * choice.split, kSkinnyThreads,
-                choice.depth * kernel.StageBytes(choice.groups), &arguments, stream, choice.split);
+                SharedBytes(kernel, choice.groups, choice.split, choice.depth), &arguments, stream,
+                choice.split);
 }
 
 }  // namespace fxfuse
