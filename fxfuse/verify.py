@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import InputError
+from .timing import matmul_precision
+
+_PRECISIONS = ("highest", "high", "medium")
 
 
 @dataclass(frozen=True)
 class ErrorRow:
     """Errors of one output tensor against float64: in norm (`|y - t| / |t|`) and at the worst
-    element (`max |y - t|`)."""
+    element (`max |y - t|`). precision: the setting of torch.set_float32_matmul_precision, where
+    several were asked for."""
 
     output: int
     shape: tuple[int, ...]
@@ -27,6 +31,7 @@ class ErrorRow:
     eager: float
     fused_max: float
     eager_max: float
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Verification:
 
     def table(self) -> str:
         """The rows as text."""
-        body = [
+        body: list[tuple[Any, ...]] = [
             (
                 r.output,
                 "x".join(map(str, r.shape)),
@@ -54,20 +59,44 @@ class Verification:
             )
             for r in self.rows
         ]
-        head = ("output", "shape", "dtype", "fused", "eager", "fused max", "eager max")
+        head = ["output", "shape", "dtype", "fused", "eager", "fused max", "eager max"]
+        if any(r.precision for r in self.rows):
+            head.insert(0, "precision")
+            body = [(r.precision, *cells) for r, cells in zip(self.rows, body, strict=True)]
         return "Error against float64\n" + tabulate(body, head, floatfmt=".2e")
 
     def __str__(self) -> str:
         return self.table()
 
 
-def verify(optimized: nn.Module, original: nn.Module, *inputs: Any) -> Verification:
+def verify(
+    optimized: nn.Module, original: nn.Module, *inputs: Any, precisions: Sequence[str] = ()
+) -> Verification:
     """Run both models, and the original in float64, on `inputs`; nothing is changed.
 
     inputs: what the models take. Modules should be in the same mode; random draws are made equal
-    by one seed. Raises InputError where either argument is not a module, or where the outputs do
-    not correspond.
+    by one seed. precisions: settings of torch.set_float32_matmul_precision to run under, one after
+    the other, with rows for each; none for the one that is set. Raises InputError where either
+    argument is not a module, where a precision is none of torch's, or where the outputs do not
+    correspond.
     """
+    for precision in precisions:
+        if precision not in _PRECISIONS:
+            raise InputError(
+                f"verify: precision {precision!r}, expected one of {', '.join(_PRECISIONS)}"
+            )
+    found: list[ErrorRow] = []
+    for precision in precisions:
+        with matmul_precision(precision):
+            rows = _verify(optimized, original, inputs)
+        found += [replace(row, precision=precision) for row in rows]
+    return Verification(tuple(found) if precisions else _verify(optimized, original, inputs))
+
+
+def _verify(
+    optimized: nn.Module, original: nn.Module, inputs: Sequence[Any]
+) -> tuple[ErrorRow, ...]:
+    """The rows under the precision that is set."""
     for name, module in (("optimized", optimized), ("original", original)):
         if not isinstance(module, nn.Module):
             raise InputError(f"verify: {name} is {type(module).__name__}, not an nn.Module")
@@ -79,9 +108,7 @@ def verify(optimized: nn.Module, original: nn.Module, *inputs: Any) -> Verificat
         raise InputError(
             f"verify: the models return {len(fused)} and {len(eager)} tensors; are they the same?"
         )
-    return Verification(
-        tuple(_row(i, *three) for i, three in enumerate(zip(fused, eager, truth, strict=True)))
-    )
+    return tuple(_row(i, *three) for i, three in enumerate(zip(fused, eager, truth, strict=True)))
 
 
 def _run(model: nn.Module, inputs: Sequence[Any]) -> Any:

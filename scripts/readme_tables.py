@@ -1,7 +1,7 @@
 """Writes the generated parts of README.md: the quickstart's output and the benchmark tables.
 
 A part lies between `<!-- NAME -->` and `<!-- /NAME -->`. `report` is what the code between the
-`quickstart` markers prints; `benchmarks:NAME` and `training:NAME` are made from
+`quickstart` markers prints; `benchmarks:NAME`, `training:NAME` and `fp32:NAME` are made from
 benchmarks/NAME.json.
 
     python scripts/readme_tables.py           rewrite README.md
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import subprocess
@@ -54,14 +55,12 @@ def main() -> int:
 
 def regenerate(text: str) -> str:
     """Return the README's text with every generated part made anew."""
-    for name in re.findall(r"<!-- benchmarks:([\w-]+) -->", text):
-        path = ROOT / "benchmarks" / f"{name}.json"
-        results = json.loads(path.read_text()) if path.exists() else None
-        text = _replace(text, f"benchmarks:{name}", benchmark_section(results))
-    for name in re.findall(r"<!-- training:([\w-]+) -->", text):
-        path = ROOT / "benchmarks" / f"{name}.json"
-        results = json.loads(path.read_text()) if path.exists() else None
-        text = _replace(text, f"training:{name}", training_section(results))
+    sections = {"benchmarks": benchmark_section, "training": training_section, "fp32": fp32_section}
+    for kind, section in sections.items():
+        for name in re.findall(rf"<!-- {kind}:([\w-]+) -->", text):
+            path = ROOT / "benchmarks" / f"{name}.json"
+            results = json.loads(path.read_text()) if path.exists() else None
+            text = _replace(text, f"{kind}:{name}", section(results))
     if "<!-- report -->" in text:
         text = _replace(text, "report", f"```text\n{quickstart_output(text)}\n```")
     return text
@@ -105,6 +104,38 @@ def benchmark_section(results: dict[str, Any] | None) -> str:
         times = (f"{e['seconds']:.2f} s for {e['linears']}" for e in results["optimize"])
         parts.append(f"`optimize()` by number of Linears: {', '.join(times)}.")
     return "\n\n".join(parts)
+
+
+def fp32_section(results: dict[str, Any] | None) -> str:
+    """Return the table of errors of fp32 products and a word on their speed, as Markdown."""
+    if results is None:
+        return "Not measured yet."
+    deepest = 8192
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in results["errors"]:
+        if line["k"] == deepest:
+            rows.setdefault(line["family"], {})[line["precision"]] = line
+    headers = ["x", 'SGEMM ("highest")', "fxfuse", 'TF32 ("high")', "fxfuse"]
+    body = [
+        [family, *(f"{of[p][who]:.1e}" for p in ("highest", "high") for who in _PEERS)]
+        for family, of in rows.items()
+    ]
+    many = [line for line in results["lines"] if line["m"] >= 128]
+    speeds = []
+    for name, words in (("auto", "converted at each call"), ("frozen", "frozen")):
+        ratios = [line["eager_ms"] / line[f"{name}_ms"] for line in many]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        speeds.append(f"{mean:.1f} times (at least {min(ratios):.1f}) with weights {words}")
+    return (
+        f"{results['gpu']}, torch {results['torch']}. Error of a product against float64, in norm, "
+        f"256 x {deepest} -> 1024:\n\n"
+        + tabulate(body, headers, tablefmt="github", disable_numparse=True)
+        + f"\n\nSpeed of Linear and GELU at full precision over {len(many)} shapes of 128 rows or more, "
+        f"eager's time over ours, geometric mean: {' and '.join(speeds)}."
+    )
+
+
+_PEERS = ("cublas", "fxfuse")
 
 
 def training_section(results: dict[str, Any] | None) -> str:

@@ -80,3 +80,16 @@ def test_what_cannot_be_compared_is_an_error():
         fxfuse.verify(nn.Identity(), None)
     with pytest.raises(errors.InputError, match=r"output 0 has shape \(2, 3\)"):
         fxfuse.verify(nn.Linear(4, 3), nn.Linear(4, 5), torch.randn(2, 4))
+
+
+def test_several_precisions_have_rows_each():
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    before = torch.get_float32_matmul_precision()
+    checked = fxfuse.verify(
+        fxfuse.optimize(model), model, torch.randn(3, 8), precisions=["highest", "high"]
+    )
+    assert [row.precision for row in checked.rows] == ["highest", "high"]
+    assert "precision" in str(checked)
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(errors.InputError, match="precision 'best', expected one of highest"):
+        fxfuse.verify(fxfuse.optimize(model), model, torch.randn(3, 8), precisions=["best"])
