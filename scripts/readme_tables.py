@@ -130,8 +130,8 @@ def fp32_section(results: dict[str, Any] | None) -> str:
         f"{results['gpu']}, torch {results['torch']}. Error of a product against float64, in norm, "
         f"256 x {deepest} -> 1024:\n\n"
         + tabulate(body, headers, tablefmt="github", disable_numparse=True)
-        + f"\n\nLinear and GELU at full precision, {len(many)} shapes of 128 rows or more, eager's time "
-        f"over ours, geometric mean: {' and '.join(speeds)}."
+        + f"\n\nLinear and GELU at full precision, {len(many)} shapes of 128 rows or more, eager's "
+        f"time over ours, geometric mean: {' and '.join(speeds)}."
     )
 
 
