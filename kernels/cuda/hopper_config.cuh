@@ -1,0 +1,133 @@
+// What the phases of the Hopper GEMM share (see hopper_gemm.cuh): the shape of a kernel, the ring
+// of stages and its barriers, and which tile and part of K are a block's.
+
+#ifndef FXFUSE_CUDA_HOPPER_CONFIG_CUH_
+#define FXFUSE_CUDA_HOPPER_CONFIG_CUH_
+
+#include "fragment.cuh"
+#include "hopper_kernels.h"
+#include "ptx_hopper.cuh"
+
+namespace fxfuse {
+
+constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
+
+template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_>
+struct HopperConfig {
+  using Math = Math_;
+  static constexpr int kChainDtype = kChainDtype_;  // serves chains of it alone; or kNoChain
+  static constexpr int kPlanes = kPlanes_;          // of each matrix: 1, or 2 for three products
+  static constexpr int kM = 128, kN = kN_, kStages = kStages_;
+
+  static constexpr int kStageK = kRowBytes / 2;  // elements of K in a stage
+  // A stage holds the planes of A and then those of B.
+  static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes;  // of a plane
+  static constexpr int kStageBytes = kPlanes * (kBytesA + kBytesB);
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSteps = kStageK / 16;
+  static constexpr int kSharedBytes = 1024 + kRingBytes + 16 * kStages;
+
+  // Interpreter takes the accumulators 64 columns at a time.
+  static constexpr int kPartColumns = 64;
+  static constexpr int kParts = kN / kPartColumns;
+  using Fragment = RowFragment<8, 2, 2, 32>;
+
+  static_assert(kN == 64 || kN == 128 || kN == 256, "there is a wgmma for it");
+  static_assert(kPlanes == 1 || kN <= 128, "two sets of accumulators fit the registers");
+  static_assert(kSharedBytes <= 227 * 1024, "what a block may have on sm_90");
+  static_assert((kMaxSplit - 1) * kM * kN * 4 / kMaxSplit <= kRingBytes,
+                "the ring holds what other blocks of a cluster send");
+};
+
+// Lane l holds, of each 8 x 8 block of a warp's 16 rows, the columns of pair l % 4 and the rows
+// l / 4 and l / 4 + 8: accumulator[4 * j + 2 * h + e] is element e of the pair in block column j,
+// row half h.
+template <class Config>
+using Accumulator = float[Config::kN / 2];
+
+// Addresses of the barriers in shared memory.
+template <class Config>
+struct Barriers {
+  uint32_t base;
+  // Stage s has been filled.
+  __device__ __forceinline__ uint32_t Full(int s) const { return base + 8 * s; }
+  // Stage s has been read by both warpgroups.
+  __device__ __forceinline__ uint32_t Empty(int s) const {
+    return base + 8 * (Config::kStages + s);
+  }
+};
+
+// A place in the ring, and how often the ring has been round.
+template <class Config>
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++slot == Config::kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// This block's part of K.
+struct BlockWork {
+  int rank;  // in the cluster that shares a tile
+  int first_stage, stages;
+};
+
+__device__ __forceinline__ BlockWork DescribeWork(const HopperArguments& arguments) {
+  const int split = arguments.split;
+  if (split == 1) return {0, 0, arguments.stages};
+  const int rank = static_cast<int>(cluster_rank());
+  const int first = arguments.stages * rank / split;
+  return {rank, first, arguments.stages * (rank + 1) / split - first};
+}
+
+// Where a tile begins; at row -1 if there is no such tile.
+struct TileOrigin {
+  int row, column;
+};
+
+// The `round`-th tile of this block. Clusters take tiles in turns. Groups of 8 tile rows are walked
+// column by column, so that the blocks running at one time share few rows of A and B in L2.
+//
+// Everything is asked of the hardware anew, so that nothing is kept in registers from tile to tile.
+template <class Config>
+__device__ __forceinline__ TileOrigin FindTile(const HopperArguments& arguments, int round) {
+  constexpr int kGroup = 8;
+  const int index = cluster_index() + round * cluster_count();
+  if (index >= arguments.tiles_m * arguments.tiles_n) return {-1, 0};
+  const int per_group = kGroup * arguments.tiles_n;
+  const int group = index / per_group;
+  const int in_group = index - group * per_group;
+  const int rows = min(kGroup, arguments.tiles_m - group * kGroup);
+  const int tile_n = in_group / rows;
+  const int tile_m = group * kGroup + in_group - tile_n * rows;
+  return {tile_m * Config::kM, tile_n * Config::kN};
+}
+
+// Whether a row of A or B in the tile is special. To be called by a whole warp.
+template <class Config>
+__device__ __forceinline__ bool HasSpecial(const HopperArguments& arguments,
+                                           const TileOrigin& tile) {
+  const int lane = threadIdx.x % 32;
+  int special = 0;
+#pragma unroll
+  for (int i = 0; i < Config::kM; i += 32) {
+    const int row = tile.row + i + lane;
+    if (row < static_cast<int>(arguments.program.rows)) special |= __ldg(arguments.special_a + row);
+  }
+#pragma unroll
+  for (int i = 0; i < Config::kN; i += 32) {
+    const int row = tile.column + i + lane;
+    if (row < static_cast<int>(arguments.program.columns)) {
+      special |= __ldg(arguments.special_b + row);
+    }
+  }
+  return __any_sync(~0u, special);
+}
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_HOPPER_CONFIG_CUH_

@@ -1,0 +1,145 @@
+// The Hopper GEMM's mainloops: a warpgroup's multiply-adds over the stages of a tile.
+
+#ifndef FXFUSE_CUDA_HOPPER_MAINLOOP_CUH_
+#define FXFUSE_CUDA_HOPPER_MAINLOOP_CUH_
+
+#include "chain.cuh"
+#include "hopper_config.cuh"
+#include "planes.cuh"
+
+namespace fxfuse {
+
+// Issues this warpgroup's multiply-adds of one stage, of one plane of each matrix.
+template <class Config, class Input, Major kMajorB>
+__device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, uint32_t stage,
+                                              int group, int accumulate) {
+  const uint64_t a = describe<Major::kK>(stage + group * 64 * kRowBytes);
+  const uint64_t b = describe<kMajorB>(stage + Config::kPlanes * Config::kBytesA);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    Wgmma<Input, kMajorB>::Multiply(accumulator, a + step * kDescriptorStep<Major::kK>,
+                                    b + step * kDescriptorStep<kMajorB>, step > 0 || accumulate);
+  }
+  wgmma_commit();
+}
+
+// The same of two planes each, from zero. What is small comes first, so that less is truncated.
+template <class Config>
+__device__ __forceinline__ void MultiplyStagePlanes(Accumulator<Config>& part, uint32_t stage,
+                                                    int group) {
+  using Product = Wgmma<__half, Major::kK>;
+  constexpr uint64_t kStep = kDescriptorStep<Major::kK>;
+  const uint64_t hi_a = describe<Major::kK>(stage + group * 64 * kRowBytes);
+  const uint64_t lo_a = hi_a + (Config::kBytesA >> 4);
+  const uint64_t hi_b = describe<Major::kK>(stage + 2 * Config::kBytesA);
+  const uint64_t lo_b = hi_b + (Config::kBytesB >> 4);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    Product::Multiply(part, lo_a + step * kStep, hi_b + step * kStep, step > 0);
+    Product::Multiply(part, hi_a + step * kStep, lo_b + step * kStep, 1);
+  }
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    Product::Multiply(part, hi_a + step * kStep, hi_b + step * kStep, 1);
+  }
+  wgmma_commit();
+}
+
+// Tells the producer that this warpgroup is done with a slot.
+template <class Config>
+__device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, int slot) {
+  if (threadIdx.x % 128 == 0) barrier_arrive(barriers.Empty(slot));
+}
+
+// One batch of multiply-adds is always queued behind the one that runs. `meanwhile` is called when
+// there is something for the tensor cores to do.
+template <class Config, class Input, Major kMajorB, class Meanwhile>
+__device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& barriers,
+                                         int stages, int group, Accumulator<Config>& accumulator,
+                                         RingPosition<Config>& at, const Meanwhile& meanwhile) {
+  barrier_wait(barriers.Full(at.slot), at.parity);
+  MultiplyStage<Config, Input, kMajorB>(accumulator, ring + at.slot * Config::kStageBytes, group,
+                                        0);
+  int previous = at.slot;
+  at.Advance();
+  meanwhile();
+#pragma unroll 1
+  for (int stage = 1; stage < stages; ++stage) {
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    MultiplyStage<Config, Input, kMajorB>(accumulator, ring + at.slot * Config::kStageBytes, group,
+                                          1);
+    wgmma_wait<1>();
+    ReleaseStage(barriers, previous);
+    previous = at.slot;
+    at.Advance();
+  }
+  wgmma_wait<0>();
+  ReleaseStage(barriers, previous);
+}
+
+// Of two planes each. The other warpgroup's multiply-adds run while this one promotes its own.
+template <class Config, class Meanwhile>
+__device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Config>& barriers,
+                                               int stages, int group, Accumulator<Config>& sum,
+                                               RingPosition<Config>& at,
+                                               const Meanwhile& meanwhile) {
+#pragma unroll
+  for (int i = 0; i < Config::kN / 2; ++i) sum[i] = 0.0f;
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    Accumulator<Config> part;
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    MultiplyStagePlanes<Config>(part, ring + at.slot * Config::kStageBytes, group);
+    if (stage == 0) meanwhile();
+    wgmma_wait<0>();
+    ReleaseStage(barriers, at.slot);
+    at.Advance();
+#pragma unroll
+    for (int i = 0; i < Config::kN / 2; ++i) sum[i] = fmaf(part[i], kRegain, sum[i]);
+  }
+}
+
+// Passes over a tile's stages: all of this warpgroup's rows lie below the matrix.
+template <class Config>
+__device__ __forceinline__ void SkipStages(const Barriers<Config>& barriers, int stages,
+                                           RingPosition<Config>& at) {
+  for (int stage = 0; stage < stages; ++stage) {
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    ReleaseStage(barriers, at.slot);
+    at.Advance();
+  }
+}
+
+// Of a tile of two planes each with special rows: multiplies the high planes alone, which gives
+// their infinities and NaNs as fp32 would. Planes of low parts hold zeros and either sign.
+template <class Config>
+__device__ __forceinline__ void MultiplySpecial(const HopperArguments& arguments, uint32_t ring,
+                                                const Barriers<Config>& barriers, int stages,
+                                                int group, int row0, int column0,
+                                                Accumulator<Config>& sum,
+                                                RingPosition<Config>& at) {
+  Accumulator<Config> high;
+  Multiply<Config, __half, Major::kK>(ring, barriers, stages, group, high, at, [] {});
+  const int rows = static_cast<int>(arguments.program.rows);
+  const int columns = static_cast<int>(arguments.program.columns);
+  const int row = row0 + threadIdx.x % 32 / 4;
+  const int column = column0 + threadIdx.x % 4 * 8;
+  const bool special_row[] = {__ldg(arguments.special_a + min(row, rows - 1)) != 0,
+                              __ldg(arguments.special_a + min(row + 8, rows - 1)) != 0};
+#pragma unroll
+  for (int i = 0; i < Config::kN / 4; ++i) {
+    const int n = min(column + i / 8 * 32 + i % 8, columns - 1);
+    const bool special_column = __ldg(arguments.special_b + n) != 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int v = AccumulatorIndex(i / 8, h, i % 8);
+      if (special_row[h] || special_column) sum[v] = high[v];
+    }
+  }
+}
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_HOPPER_MAINLOOP_CUH_
