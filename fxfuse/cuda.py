@@ -318,7 +318,8 @@ def _planes_recipe(
     fixes: Fixes,
     precision: str,
 ) -> Recipe:
-    """Two launches: fp32 inputs to planes of fp16, and their product with the chain."""
+    """Two launches: fp32 inputs to planes of fp16, and their product with the chain; cuBLAS where
+    there is no memory for the planes."""
     rows, columns = rows_and_columns(result.acc_shape)
     copies, lda = flatten_rows(call.x)
     turned = copies and call.x.dim() == 2 and call.x.stride(0) == 1  # which `split` reads as it is
@@ -340,6 +341,7 @@ def _planes_recipe(
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
     transposed = call.transposed
+    without_planes = _pointwise_recipe(call, result, lib, layouts, fixes)
 
     def planes_of(weight: torch.Tensor) -> Planes:
         return split(weight.t() if transposed else weight, planes=planes)[0]
@@ -353,11 +355,14 @@ def _planes_recipe(
         else:
             x = x.contiguous() if copies else x
             matrix = x.as_strided((rows, k), (lda, 1))
-        if frozen.is_marked(weight):
-            (a,) = split(matrix, planes=planes)
-            b = frozen.prepared(weight, ("planes", planes, transposed), planes_of)
-        else:
-            a, b = split(matrix, weight.t() if transposed else weight, planes=planes)
+        try:
+            if frozen.is_marked(weight):
+                (a,) = split(matrix, planes=planes)
+                b = frozen.prepared(weight, ("planes", planes, transposed), planes_of)
+            else:
+                a, b = split(matrix, weight.t() if transposed else weight, planes=planes)
+        except torch.cuda.OutOfMemoryError:
+            return without_planes.run(x, weight, bias, operands)
         operands = fixed(operands, fixes)
         pointers = Pointers()
         for i, of in enumerate((a, b)):

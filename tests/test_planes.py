@@ -311,6 +311,18 @@ def test_a_conv1d_weight_is_split_along_its_columns(route):
 
 
 @both_routes
+def test_without_memory_for_planes_cublas_serves(monkeypatch, route):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(cuda, "split", full)
+    x, weight = randn(256, 512), randn(512, 512)
+    with forced_route(route):
+        found = fused_linear(x, weight, None, [], GELU)
+    torch.testing.assert_close(found, F.gelu(F.linear(x, weight)))
+
+
+@both_routes
 def test_a_graph_capture_holds_the_whole_call(route):
     x, weight = randn(256, 512), randn(512, 512)
     with forced_route(route):
