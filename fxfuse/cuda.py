@@ -226,6 +226,8 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "cublas"  # rows that begin inside a cache line arrive slowly
     if m <= 64 and k >= 16 * n:
         return "cublas"  # all of the time goes into adding up what many blocks have of K
+    if 256 < m <= 512 and max(n, k) <= 1024:
+        return "cublas"  # too much for the portable tiles, too little for the Hopper route's
     # Few tiles and a long K: cuBLAS divides K with less to add up, but for the longest.
     few_tiles = m >= 256 and -(-m // 128) * -(-n // 128) <= 64
     return "cublas" if few_tiles and k >= 4 * n and (m > 512 or k < 16 * n) else "auto"

@@ -46,6 +46,8 @@ def test_preferred_route_of_hopper():
     assert preferred_route((9, 0), 512, 1024, 4096) == "cublas"
     assert preferred_route((9, 0), 256, 512, 16384) == "auto"
     assert preferred_route((9, 0), 16, 512, 16384) == "cublas"
+    assert preferred_route((9, 0), 512, 1024, 1024) == "cublas"
+    assert preferred_route((9, 0), 1024, 1024, 1024) == "auto"
     assert preferred_route((9, 0), 1000, 1000, 1000) == "cublas"
     assert preferred_route((9, 0), 16, 1000, 1000) == "auto"
     assert preferred_route((9, 0), 1024, 8192, 8192, bits=32) == "cublas"
