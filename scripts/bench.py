@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -299,14 +300,27 @@ def _commit() -> str | None:
     return git.stdout.strip() or None
 
 
+def listed(text: str) -> list[str]:
+    """An argument of several names."""
+    return text.split(",")
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """An argument M,K,N."""
+    batch, in_features, out_features = map(int, text.split(","))
+    return batch, in_features, out_features
+
+
+def check_names(
+    parser: argparse.ArgumentParser, given: Sequence[str], known: Sequence[str]
+) -> None:
+    """End with a usage error where a name is not known."""
+    for name in given:
+        if name not in known:
+            parser.error(f"{name!r} is none of {', '.join(known)}")
+
+
 def _parse() -> argparse.Namespace:
-    def listed(text: str) -> list[str]:
-        return text.split(",")
-
-    def shape(text: str) -> tuple[int, int, int]:
-        batch, in_features, out_features = map(int, text.split(","))
-        return batch, in_features, out_features
-
     description, _, examples = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawTextHelpFormatter
@@ -332,9 +346,7 @@ def _parse() -> argparse.Namespace:
         (arguments.dtypes, (*FLOAT32, *DTYPES)),
         (arguments.contestants or [], CONTESTANTS),
     ):
-        for name in given:
-            if name not in known:
-                parser.error(f"{name!r} is none of {', '.join(known)}")
+        check_names(parser, given, known)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device")
     return arguments

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import FLOAT32, MODELS, ROOT, Case, environment
+from bench import FLOAT32, MODELS, ROOT, Case, check_names, environment, listed, shape
 from tabulate import tabulate
 from torch import nn
 
@@ -189,13 +189,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _parse() -> argparse.Namespace:
-    def listed(text: str) -> list[str]:
-        return text.split(",")
-
-    def shape(text: str) -> tuple[int, int, int]:
-        batch, in_features, out_features = map(int, text.split(","))
-        return batch, in_features, out_features
-
     description, _, examples = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawTextHelpFormatter
@@ -221,9 +214,7 @@ def _parse() -> argparse.Namespace:
         (arguments.dtypes, ("high", *DTYPES)),
         (arguments.contestants, CONTESTANTS),
     ):
-        for name in given:
-            if name not in known:
-                parser.error(f"{name!r} is none of {', '.join(known)}")
+        check_names(parser, given, known)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"bench_training: torch {torch.__version__} sees no CUDA device")
     return arguments

@@ -12,13 +12,14 @@ from helpers_gemm import FAMILIES, SPLITS, error, hopper, randn, row_errors, run
 from torch import nn
 
 import fxfuse
-from fxfuse import cuda, library, recipes
+from fxfuse import cuda, library
 from fxfuse.cuda import cuda_recipe, prefers_planes
 from fxfuse.errors import LibraryError
 from fxfuse.fused import forced_route, fused_linear, routes_taken
 from fxfuse.infer import Call, infer
 from fxfuse.program import parse
 
+pytestmark = pytest.mark.usefixtures("full_precision")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_hopper = [pytest.mark.gpu, hopper]
 on_any_gpu = [pytest.mark.gpu, needs_cuda]
@@ -43,17 +44,6 @@ SIZES = [
 ]
 # Take the two larger of the portable tiles on an H200; all of the above take the smallest.
 LARGE = [(630, 3580, 136), (1000, 4001, 1000)]
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    recipes.forget()
-    yield
-    recipes.forget()
-    torch.set_float32_matmul_precision(precision)
 
 
 # What takes planes, known without a GPU -----------------------------------------------------------

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_gemm import SKINNY_TILES, SPLITS, run_tile
+from helpers_gemm import SKINNY_TILES, SPLITS, randn, run_tile
 
-from fxfuse import cuda, fused, library, recipes
+from fxfuse import cuda, fused, library
 from fxfuse.cuda import kernel_name, prefers_skinny
 from fxfuse.errors import KernelError, LibraryError
 from fxfuse.fused import forced_route, fused_linear
 from fxfuse.infer import Call, infer
 from fxfuse.program import parse
 
+pytestmark = pytest.mark.usefixtures("full_precision")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
@@ -23,21 +24,6 @@ PLAIN = "store acc"
 ROWS = [1, 2, 3, 5, 8, 16, 17, 31, 32]
 # A lone column, a K of one copy, edges in either direction, a K that many blocks divide.
 SIZES = [(1, 4), (33, 36), (72, 1028), (300, 520), (1001, 4100), (130, 32768)]
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    recipes.forget()
-    yield
-    recipes.forget()
-    torch.set_float32_matmul_precision(precision)
-
-
-def randn(*shape):
-    return torch.randn(shape, device="cuda")
 
 
 def error(found, truth):
