@@ -6,23 +6,26 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from . import frozen, library
-from .infer import Call, Result, Tensors
+from .infer import Call, Result, Tensors, infer
 from .library import (
     POINTER_OPERAND,
     POINTER_OUTPUT,
     POINTER_ROOTS,
     POINTER_SPECIAL,
     ROUTES,
+    STATUS_UNSUPPORTED,
     Gemm,
     Library,
     OperandLayout,
     Pointers,
 )
-from .program import Program
+from .norms import has_groups
+from .program import BARE, Program, parse
 from .routes import (
     FORCED,
     Fixes,
@@ -65,41 +68,75 @@ def cuda_recipe(
     if refusal is not None:
         raise NoKernel(refusal)
     route = "cublas" if call.weight is None else _choose(call, result, device)
-    if route in _PLANES:
-        return _planes_recipe(call, result, lib, layouts, fixes, route)
     if route == "cublas":
         return _pointwise_recipe(call, result, lib, layouts, fixes)
-    recipe = _gemm_recipe(call, result, lib, layouts, fixes, route)
-    if not call.transposed and route != "skinny":
+    by_planes = route in _PLANES
+    groups = has_groups(call.program)
+    try:
+        make = _planes_recipe if by_planes else _gemm_recipe
+        recipe = make(call, result, lib, layouts, fixes, route)
+    except NoKernel:
+        if not groups:
+            raise
+        return _staged_recipe(call, result, lib, layouts, fixes)
+    if groups:
+        return where_aligned(recipe, _staged_recipe(call, result, lib, layouts, fixes))
+    if by_planes or not (call.transposed or route == "skinny"):
         return recipe
     return where_aligned(recipe, _pointwise_recipe(call, result, lib, layouts, fixes))
 
 
-def _pointwise_recipe(
+def _staged_recipe(
     call: Call, result: Result, lib: Library, layouts: Sequence[OperandLayout], fixes: Fixes
 ) -> Recipe:
-    """torch's product, where there is one, and the program over it."""
+    """The product of its own, then the program over it: for norms that no epilogue takes.
+
+    Products of 16 bits are cuBLAS's, which are as fast as ours without a chain.
+    """
+    if call.x.dtype != torch.float32:
+        return _pointwise_recipe(call, result, lib, layouts, fixes)
+    bare = replace(call, program=parse(BARE), operands=(), stores=())
+    product = cuda_recipe(bare, infer(bare), lib, (), ())
+    return _pointwise_recipe(call, result, lib, layouts, fixes, product)
+
+
+def _pointwise_recipe(
+    call: Call,
+    result: Result,
+    lib: Library,
+    layouts: Sequence[OperandLayout],
+    fixes: Fixes,
+    product: Recipe | None = None,
+) -> Recipe:
+    """The product by a recipe of its own or by torch, where there is one, and the program over it."""
     if call.weight is not None and not call.program.instructions:
         return Recipe("cublas", None, reference_run(call))
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"
-    return Recipe(route, None, pointwise_run(call, result, fixes, lib, problem, launch))
+    if product is not None and product.route != "cublas":
+        route = f"{product.route}, pointwise"
+    by = None if product is None else product.run
+    return Recipe(route, None, pointwise_run(call, result, fixes, lib, problem, launch, by))
 
 
 def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:
-    """`recipe` for an x and a weight that start at multiples of 16 bytes, `other` for the rest.
+    """`recipe` for tensors that start at multiples of 16 bytes, `other` for the rest.
 
-    Addresses are no part of a signature. Only one of our kernels reads a weight [K, N], and only
-    one takes fp32 inputs in fp32.
+    Addresses are no part of a signature. Only one of our kernels reads a weight [K, N], only one
+    takes fp32 inputs in fp32, and only chains, whose operands are read 16 bytes at a time, norms.
     """
 
     def run(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
     ) -> list:
         assert weight is not None
-        aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
-        return (recipe if aligned else other).run(x, weight, bias, operands)
+        together = x.data_ptr() | weight.data_ptr()
+        if bias is not None:
+            together |= bias.data_ptr()
+        for operand in operands:
+            together |= operand.data_ptr()
+        return (other if together % 16 else recipe).run(x, weight, bias, operands)
 
     return Recipe(recipe.route, recipe.reason, run)
 
@@ -380,11 +417,13 @@ def _planes_recipe(
 
 def _chosen(lib: Library, problem: library.ProblemStruct) -> tuple[str, str]:
     """Route and kernel the library takes for a problem whose tensors start at multiples of 16
-    bytes, on the current device. Raises KernelError where it has none."""
+    bytes, on the current device. Raises routes.NoKernel where it has none."""
     route, name = ctypes.c_int32(), ctypes.c_char_p()
     status = lib.handle.fxfuse_cuda_choose(
         ctypes.byref(problem), ctypes.byref(route), ctypes.byref(name)
     )
+    if status == STATUS_UNSUPPORTED:
+        raise NoKernel(lib.handle.fxfuse_last_error().decode())
     lib.check(status, "fxfuse_cuda_choose")
     return _ROUTE_NAMES[route.value], (name.value or b"").decode()
 

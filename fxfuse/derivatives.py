@@ -193,6 +193,29 @@ def _of_silu_grad(g: Term, grad: Term, x: Term, y: Term) -> Term:
     return g * grad * (s * r * (x * (r - s) + 2.0))
 
 
+def _of_normalize(g: Term, x: Term, params: tuple[float, ...]) -> Term:
+    return g.emit("normalize_grad", g, x, params=params)
+
+
+def _of_normalize_grad(g: Term, grad: Term, x: Term, params: tuple[float, ...]) -> Term:
+    """Of r (grad - mean(grad) - y mean(grad y)), where y is x normalized and r its factor.
+
+    With a = mean(g y), b = mean(grad y), c = mean(g (grad - mean(grad))) it is r^2 times
+
+        y (3 a b - c) - g b - grad a,    less the mean of that.
+    """
+    groups, eps = params
+
+    def mean(t: Term) -> Term:
+        return t.emit("group_mean", t, params=(groups,))
+
+    y = x.emit("normalize", x, params=params)
+    a, b, c = mean(g * y), mean(grad * y), mean((grad - mean(grad)) * g)
+    inner = y * (a * b * 3.0 - c) - g * b - grad * a
+    variance = mean(_square(x - mean(x))) + eps
+    return (inner - mean(inner)) / variance
+
+
 _FLAT: tuple[Rule | None, ...] = (None, None)
 
 # None: no gradient reaches the argument; where it is zero everywhere, too.
@@ -285,6 +308,18 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
         lambda g, a, b, w, y: g * (1.0 - w),
         lambda g, a, b, w, y: g * w,
         lambda g, a, b, w, y: g * (b - a),
+    ),
+    # Norms, over groups of columns.
+    "group_norm": (
+        lambda g, x, w, b, y, *params: _of_normalize(g * w, x, params),
+        lambda g, x, w, b, y, *params: g * x.emit("normalize", x, params=params),
+        lambda g, x, w, b, y, *params: g,
+    ),
+    "normalize": (lambda g, x, y, *params: _of_normalize(g, x, params),),
+    "group_mean": (lambda g, x, y, groups: g.emit("group_mean", g, params=(groups,)),),
+    "normalize_grad": (
+        lambda g, grad, x, y, *params: _of_normalize(g, x, params),
+        lambda g, grad, x, y, *params: _of_normalize_grad(g, grad, x, params),
     ),
     # Gradients: linear in the gradient they take.
     "gelu_grad": (lambda g, grad, x, y: g.emit("gelu_grad", g, x), _of_gelu_grad),

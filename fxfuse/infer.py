@@ -17,6 +17,7 @@ import torch
 from . import reference
 from .errors import OperandShapeError
 from .layout import resolve_view
+from .ops import GROUP_OPS
 from .program import Instruction, Operand, Program, Value
 from .vjp import Reduction
 
@@ -124,12 +125,17 @@ def _result_dtypes(
 ) -> tuple[torch.dtype, ...]:
     """The dtypes of the outputs; acc, operands: rank (at most 2) and dtype, all that decides."""
 
+    # So many columns that every norm's groups have two: torch normalizes no single values.
+    norms = [i for i in program.instructions if i.op in GROUP_OPS]
+    columns = math.lcm(*(2 * int(i.params[0]) for i in norms))
+
     def meta(rank: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty((1,) * rank, dtype=dtype, device="meta")
+        shape = (1,) * (rank - 1) + (columns,) if rank else ()
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     # Views keep the numbers they had before a program was shortened or split.
     numbers = [int(i.params[0]) for i in program.instructions if i.op == "view"]
-    views = [(-1, 1)] * (1 + max(numbers, default=-1))
+    views = [(-1, columns)] * (1 + max(numbers, default=-1))
     outputs = reference.run(program, meta(*acc), [meta(*o) for o in operands], views=views)
     return tuple(o.dtype for o in outputs)
 
@@ -161,7 +167,19 @@ def _result_shape(
         if weights != 1 and weights != (met[0][1] if len(met[0]) > 1 else 1):
             raise RuntimeError(f"{weights} weights do not fit the channels of the input")
         return met[0]
+    if instruction.op == "group_norm":
+        return _normalized_shape(met, int(instruction.params[0]))
     return tuple(torch.broadcast_shapes(*met))
+
+
+def _normalized_shape(met: Sequence[tuple[int, ...]], groups: int) -> tuple[int, ...]:
+    """Shape of a GroupNorm's result. Raises RuntimeError where its arguments do not fit."""
+    channels = met[0][1] if len(met[0]) > 1 else 0
+    if channels == 0 or channels % groups != 0:
+        raise RuntimeError(f"a tensor of shape {met[0]} has no channels for {groups} groups")
+    if any(shape != (channels,) for shape in met[1:]):
+        raise RuntimeError(f"weight and bias do not fit {channels} channels")
+    return met[0]
 
 
 def _shape_error(

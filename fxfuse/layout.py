@@ -19,18 +19,27 @@ def operand_shapes(
     program: Program, acc_shape: tuple[int, ...], views: Sequence[tuple[int, ...]]
 ) -> dict[int, tuple[int, ...]]:
     """For each operand, the shape of the values it meets: the accumulator's, or a view's."""
-    shapes: list[tuple[int, ...]] = [acc_shape]
     met: dict[int, tuple[int, ...]] = {}
+    shapes = result_shapes(program, acc_shape, views)
+    for instruction, shape in zip(program.instructions, shapes, strict=True):
+        for arg in instruction.args:
+            if isinstance(arg, Operand):
+                met[arg.index] = shape
+    return met
+
+
+def result_shapes(
+    program: Program, acc_shape: tuple[int, ...], views: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """The shape of each instruction's result: the accumulator's, or a view's."""
+    shapes: list[tuple[int, ...]] = [acc_shape]
     for instruction in program.instructions:
         inputs = [shapes[a.index] for a in instruction.args if isinstance(a, Value)]
         shape = inputs[0] if inputs else acc_shape
         if instruction.op == "view":
             shape = resolve_view(views[int(instruction.params[0])], math.prod(acc_shape))
         shapes.append(shape)
-        for arg in instruction.args:
-            if isinstance(arg, Operand):
-                met[arg.index] = shape
-    return met
+    return shapes[1:]
 
 
 def resolve_view(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:

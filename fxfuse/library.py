@@ -20,11 +20,11 @@ import torch
 
 from .errors import KernelError, LibraryError
 from .lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, lower
-from .ops import KERNEL_OPS, OPS
+from .ops import GROUP_OPS, KERNEL_OPS, OPS
 from .program import Program
 from .vjp import Reduction
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
 SUMS = {Reduction.NONE: 0, Reduction.ROWS: 1, Reduction.COLUMNS: 2, Reduction.ALL: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
@@ -241,6 +241,8 @@ class Library:
                 slot.source[i], slot.index[i] = int(source), index
             for i, value in enumerate(step.immediates):
                 slot.immediate[i] = value
+            if step.op in GROUP_OPS:
+                slot.immediate[0] = columns // int(step.immediates[0])
         for number, layout in enumerate(operands):
             out.operand[number] = OperandStruct(
                 layout.row_stride,

@@ -11,13 +11,14 @@ import enum
 from dataclasses import dataclass, replace
 
 from .errors import ProgramError
+from .norms import without_norms
 from .program import ACC, Arg, Instruction, Operand, Program, Value
 
 # The limits of kernels/include/fxfuse.h; `library` checks that both agree.
-MAX_INSTRUCTIONS = 32
+MAX_INSTRUCTIONS = 48
 MAX_OPERANDS = 8
-MAX_OUTPUTS = 4
-MAX_SLOTS = 4
+MAX_OUTPUTS = 6
+MAX_SLOTS = 6
 
 _IDENTITIES = frozenset({"copy", "cast_f32", "dropout", "like", "view"})
 _SAME_FUNCTOR = {"hardtanh": "clamp"}
@@ -51,7 +52,7 @@ def lower(program: Program) -> tuple[Step, ...]:
     """
     _limit("operands", program.operand_count, MAX_OPERANDS)
     _limit("outputs", len(program.outputs), MAX_OUTPUTS)
-    instructions, outputs = _without_identities(program)
+    instructions, outputs = _without_identities(without_norms(program))
     instructions, stores = _with_copies_for_stores(instructions, outputs)
     _limit("instructions", len(instructions), MAX_INSTRUCTIONS)
     last_use: dict[Value, int] = {}

@@ -20,7 +20,7 @@ from .errors import ProgramError
 from .graphs import is_metadata, may_mutate
 from .groups import CLAIMED, FusionGroup, Graph, spell
 from .lower import lower
-from .ops import CASTS
+from .ops import CASTS, GROUP_WIDTHS
 from .patterns import Attribute, Unsupported, read_call
 from .program import (
     ACC,
@@ -136,6 +136,7 @@ class _Growth:
             value = self._read(node)
             self._check_order(node)
             self._check_truth_values(node, value, mark.instructions)
+            self._check_groups(mark.instructions)
             program = self.builder.build([value])
             lower(simplify(program).program)
         except (Unsupported, ProgramError) as error:
@@ -170,6 +171,21 @@ class _Growth:
         kind = kinds_of(self.builder.instructions)[value.index]
         if kind is Kind.UNKNOWN and any(type(a) is int for a in given):
             raise Unsupported("it may compute whole numbers")
+
+    def _check_groups(self, start: int) -> None:
+        """Refuse norms over groups that no kernel adds up."""
+        for instruction in self.builder.instructions[start:]:
+            if instruction.op != "group_norm":
+                continue
+            columns, groups = self._columns(), int(instruction.params[0])
+            if columns is None:
+                raise Unsupported("its number of channels is not known")
+            width = columns // groups
+            if columns % groups or width not in GROUP_WIDTHS:
+                raise Unsupported(
+                    f"its groups have {columns / groups:g} channels, expected one of "
+                    f"{', '.join(map(str, GROUP_WIDTHS))}"
+                )
 
     def _operand(self, node: fx.Node) -> Arg:
         self._check_exists(node)

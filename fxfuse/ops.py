@@ -204,6 +204,30 @@ def _threshold_grad(grad: torch.Tensor, x: torch.Tensor, limit: float) -> torch.
     return torch.where(x <= limit, 0.0, grad)
 
 
+def _group_norm(x: torch.Tensor, weight: Any, bias: Any, groups: float, eps: float) -> torch.Tensor:
+    weight, bias = (t if isinstance(t, torch.Tensor) else None for t in (weight, bias))
+    return F.group_norm(x, int(groups), weight, bias, eps)
+
+
+def _normalize(x: torch.Tensor, groups: float, eps: float) -> torch.Tensor:
+    parts = x.unflatten(-1, (int(groups), -1))
+    return F.layer_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
+
+
+def _group_mean(x: torch.Tensor, groups: float) -> torch.Tensor:
+    parts = x.unflatten(-1, (int(groups), -1))
+    return parts.mean(-1, keepdim=True).expand(parts.shape).flatten(-2)
+
+
+def _normalize_grad(grad: torch.Tensor, x: torch.Tensor, groups: float, eps: float) -> torch.Tensor:
+    grad, x = torch.broadcast_tensors(grad, x)
+    center = x - _group_mean(x, groups)
+    rstd = torch.rsqrt(_group_mean(center.square(), groups) + eps)
+    normalized = center * rstd
+    slope = _group_mean(grad * normalized, groups)
+    return rstd * (grad - _group_mean(grad, groups) - normalized * slope)
+
+
 _ROWS: tuple[Op, ...] = (
     Op("copy", 1, _same, range=_monotone(_same), modules=(nn.Identity,), aten=("alias", "clone")),
     # Dropout as it is in eval; `fused` splits the program around one that is active. `flag` is its
@@ -386,6 +410,19 @@ _ROWS: tuple[Op, ...] = (
         methods=("lerp",),
         aten=("lerp",),
     ),
+    # torch's GroupNorm of a matrix [M, N], whose channels are columns; weight and bias are 1 and 0
+    # where it has none. The kernels know its parts, over groups of adjacent columns.
+    Op(
+        "group_norm",
+        3,
+        _group_norm,
+        params=("groups", "eps"),
+        arguments=("input", "weight", "bias"),
+        kernel=False,
+    ),
+    Op("normalize", 1, _normalize, params=("groups", "eps")),
+    Op("group_mean", 1, _group_mean, params=("groups",)),
+    _gradient("normalize_grad", _normalize_grad, params=("groups", "eps")),
     # Gradients that would be long, or less accurate, as several instructions.
     _gradient("gelu_grad", _gelu_grad("none")),
     _gradient("gelu_tanh_grad", _gelu_grad("tanh")),
@@ -399,5 +436,9 @@ KERNEL_OPS: tuple[str, ...] = tuple(op.name for op in _ROWS if op.kernel)
 COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 COMMUTATIVE = frozenset({"add", "mul", "minimum", "maximum", "eq", "ne"})
 CASTS = frozenset({"cast_f32", "cast_f16", "cast_bf16"})
+# An element of their result depends on a group of columns; the number of groups is their first
+# parameter, in whose place the kernels take the width of one.
+GROUP_OPS = frozenset({"group_norm", "normalize", "group_mean", "normalize_grad"})
+GROUP_WIDTHS = (8, 16, 32, 64, 128)  # which all kernels take
 # Of truth values these give truth values, and the kernels' 1.0 and 0.0 agree.
 TRUTH_KEEPING = frozenset({"copy", "view", "where", "mul", "minimum", "maximum"})

@@ -45,9 +45,14 @@ def plan_region(region: Region) -> RegionPlan:
     """Match every anchor of a region.
 
     Anchors are tried last to first, so that of two Linears whose results meet, `gate(x) * up(x)`,
-    the later one takes the product and the other keeps its own activation.
+    the later one takes the product and the other keeps its own activation. A norm that may belong
+    to a Linear's group comes after all Linears, and is an anchor where none took it.
     """
     graph = _describe(region)
+
+    def joins(node: fx.Node, found: object) -> bool:
+        return isinstance(found, NormCall) and _is_pointwise(node, graph)
+
     anchors = {
         node: found
         for node in region.graph.nodes
@@ -56,8 +61,10 @@ def plan_region(region: Region) -> RegionPlan:
     groups: list[FusionGroup] = []
     alone: list[LinearCall] = []
     refusals: list[Refusal] = []
-    for node, found in reversed(anchors.items()):
-        if isinstance(found, NormCall) and not _follows_linear(node, anchors, graph):
+    for node, found in sorted(reversed(anchors.items()), key=lambda item: joins(*item)):
+        if node in graph.claims or (
+            isinstance(found, NormCall) and not _follows_linear(node, anchors, graph)
+        ):
             continue
         match = found if isinstance(found, NoMatch) else match_group(found, graph)
         if isinstance(match, NoMatch):
@@ -83,6 +90,14 @@ def _describe(region: Region) -> Graph:
     return Graph(modules, tensors, Order(region.graph, modules))
 
 
+def _is_pointwise(node: fx.Node, graph: Graph) -> bool:
+    """Whether a program can express a node."""
+    try:
+        return read_call(node, graph.modules) is not None
+    except Unsupported:
+        return False
+
+
 def _follows_linear(node: fx.Node, anchors: Mapping[fx.Node, object], graph: Graph) -> bool:
     """Whether a norm's input is a Linear, or a few pointwise ops after one."""
     source = node.args[0] if node.args else node.kwargs.get("input")
@@ -91,10 +106,7 @@ def _follows_linear(node: fx.Node, anchors: Mapping[fx.Node, object], graph: Gra
             return False
         if isinstance(anchors.get(source), LinearCall):
             return True
-        try:
-            if read_call(source, graph.modules) is None:
-                return False
-        except Unsupported:
+        if not _is_pointwise(source, graph):
             return False
         source = source.args[0] if source.args else None
     return False

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from . import library, reference
 from .errors import KernelError, LibraryError, ProgramError
 from .infer import Call, Result, Tensors, infer
-from .layout import classify, operand_shapes
+from .layout import classify, operand_shapes, result_shapes
 from .library import (
     DTYPES,
     POINTER_OPERAND,
@@ -31,6 +31,7 @@ from .library import (
     Pointers,
     ProblemStruct,
 )
+from .ops import GROUP_OPS, GROUP_WIDTHS
 from .program import ACC
 from .vjp import Reduction
 
@@ -161,6 +162,7 @@ def _layouts(
             raise NoKernel(f"an operand widens the result from {result.acc_shape} to {shape}")
     if not result.acc_shape:
         raise NoKernel("the result has no dimension")
+    _check_norms(call, result)
     against = operand_shapes(call.program, result.acc_shape, call.views)
     layouts: list[OperandLayout] = []
     fixes: list[tuple[int, tuple[int, ...] | None]] = []
@@ -186,6 +188,18 @@ def _layouts(
         assert layout is not None
         layouts.append(layout)
     return layouts, fixes
+
+
+def _check_norms(call: Call, result: Result) -> None:
+    """Raises NoKernel where groups of channels are not groups of columns that kernels take."""
+    shapes = result_shapes(call.program, result.acc_shape, call.views)
+    for instruction, shape in zip(call.program.instructions, shapes, strict=True):
+        if instruction.op == "group_norm" and len(shape) != 2:
+            raise NoKernel(f"group_norm of a tensor of shape {shape}, which is not [M, N]")
+        if instruction.op in GROUP_OPS:
+            width = result.acc_shape[-1] // int(instruction.params[0])
+            if width not in GROUP_WIDTHS:
+                raise NoKernel(f"{instruction.op} over groups of {width} columns")
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -276,8 +290,9 @@ def pointwise_run(
     lib: Library,
     problem: ProblemStruct,
     launch: Callable[[ctypes.Array], None],
+    product: Run | None = None,
 ) -> Run:
-    """Run the product by torch, then the program over it by `launch(pointers)`.
+    """Run the product by `product` or torch, then the program over it by `launch(pointers)`.
 
     problem: what `launch` runs. Where the call has a product its memory is one of the outputs, so
     nothing else is allocated.
@@ -303,6 +318,8 @@ def pointwise_run(
     ) -> list:
         if weight is None:
             acc = x.contiguous() if copies else x
+        elif product is not None:
+            (acc,) = product(x, weight, bias, ())
         elif transposed:
             acc = reference.linear(x, weight, bias, True)
         else:

@@ -227,6 +227,18 @@ def _emit_copy(to: Emitter, a: Arguments) -> Value:
     return to.emit("copy", to.tensor(a["input"]))
 
 
+def _emit_group_norm(to: Emitter, a: Arguments) -> Value:
+    x = to.tensor(a["input"])
+    if not isinstance(x, Value):
+        raise Unsupported("it normalizes a tensor from outside the group")
+    weight = 1.0 if a["weight"] is None else to.tensor(a["weight"])
+    bias = 0.0 if a["bias"] is None else to.tensor(a["bias"])
+    if isinstance(weight, Value) or isinstance(bias, Value):
+        raise Unsupported("its weight and bias are computed in the group")
+    params = number(a, "num_groups"), number(a, "eps")
+    return to.emit("group_norm", x, weight, bias, params=params)
+
+
 _CLAMP = _signature("input", min=None, max=None)
 _ADDC = _signature("input tensor1 tensor2", value=1)
 
@@ -248,6 +260,11 @@ _CUSTOM: dict[str, Spelling] = {
         Spelling("masked_fill", _signature("input mask value"), _emit_masked_fill),
         Spelling("where_method", _signature("input condition other"), _emit_where_method),
         Spelling("round", _signature("input", decimals=0), _emit_round),
+        Spelling(
+            "group_norm",
+            _signature("input num_groups", weight=None, bias=None, eps=1e-5),
+            _emit_group_norm,
+        ),
         Spelling("to", _signature("input dtype"), _emit_to),
         Spelling("contiguous", _signature("input", memory_format=None), _emit_copy),
     )
@@ -268,6 +285,7 @@ _CUSTOM_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "addcdiv": (torch.addcdiv,),
     "masked_fill": (torch.masked_fill,),
     "round": (torch.round,),
+    "group_norm": (F.group_norm,),
 }
 
 # In-place functions; methods and aten ops that work in place end in an underscore.
@@ -307,7 +325,7 @@ _CUSTOM_METHODS: dict[str, str] = {
     "fix": "trunc",
 }
 
-_CUSTOM_MODULES: dict[type[nn.Module], str] = {nn.GELU: "gelu"}
+_CUSTOM_MODULES: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.GroupNorm: "group_norm"}
 _CUSTOM_ATEN: tuple[str, ...] = (
     "add",
     "sub",

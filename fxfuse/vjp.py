@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from .derivatives import DERIVATIVES, Term, result_serves
 from .errors import ProgramError
 from .lower import lower
+from .norms import spell_group_norm
 from .program import ACC, Arg, Builder, Instruction, Operand, Program, Value
 from .schedule import schedule
 from .simplify import simplify
@@ -207,8 +208,14 @@ class _Values:
                 raise ProgramError("vjp: a view of a value that no accumulator entered")
             shape = int(instruction.params[0])
         plain = [a.arg if isinstance(a, Term) else a for a in args]
-        value = self.builder.emit(instruction.op, *plain, params=instruction.params)
+        if instruction.op == "group_norm":  # in parts, which the gradients share
+            value = spell_group_norm(self._append, plain, instruction.params)
+        else:
+            value = self._append(instruction.op, tuple(plain), instruction.params)
         return Term(self.builder, value, shape)
+
+    def _append(self, op: str, args: tuple[Arg, ...], params: tuple[float, ...]) -> Value:
+        return self.builder.emit(op, *args, params=params)
 
     def incoming(self, output: int, value: Value) -> Term:
         """The gradient that comes in for an output, shaped as its value."""

@@ -13,7 +13,10 @@ thread_local char last_error[kMessageSize] = "";
 
 const char* const kOpcodeNames[] = {
 #define FXFUSE_OP(name, arity, params) #name,
+#define FXFUSE_GROUP_OP FXFUSE_OP
+#include "group_opcodes.def"
 #include "opcodes.def"
+#undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 
@@ -170,6 +173,10 @@ class Checker {
       snprintf(limit, sizeof(limit), "%d for %s", kArity[op.opcode], kOpcodeNames[op.opcode]);
       return BadItem("instruction", i, "arity", op.arity, limit);
     }
+    if (IsGroupOp(static_cast<Opcode>(op.opcode))) {
+      const fxfuse_status status = CheckWidth(i);
+      if (status != FXFUSE_OK) return status;
+    }
     if (op.save < -1 || op.save >= program_.slot_count) {
       return BadItem("instruction", i, "save", op.save, "-1 or a slot below slot_count");
     }
@@ -183,6 +190,20 @@ class Checker {
     if (op.save >= 0) written_slots_ |= 1u << op.save;
     if (op.store >= 0) stored_outputs_ |= 1u << op.store;
     return FXFUSE_OK;
+  }
+
+  // The columns of a group op's groups.
+  fxfuse_status CheckWidth(int i) {
+    const float width = program_.instruction[i].immediate[0];
+    const bool whole = width >= 1.0f && width <= FXFUSE_MAX_GROUP_WIDTH;
+    const int64_t columns = whole ? static_cast<int64_t>(width) : 0;
+    if (whole && static_cast<float>(columns) == width && problem_.n % columns == 0) {
+      return FXFUSE_OK;
+    }
+    return Fail(FXFUSE_BAD_ARGUMENT,
+                "%s: instruction[%d].immediate[0]=%g, expected a divisor of n=%lld, up to %d",
+                call_, i, static_cast<double>(width), static_cast<long long>(problem_.n),
+                FXFUSE_MAX_GROUP_WIDTH);
   }
 
   fxfuse_status CheckArgument(int i, int j) {

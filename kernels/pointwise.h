@@ -5,6 +5,8 @@
 // cuda/math_device.cuh): exp, log, tanh, ... and the few composites worth a form of their own.
 // Values are fp32; semantics are PyTorch's, NaN, infinities and thresholds included.
 //
+// Ops over groups of columns are in group_opcodes.def, and are no functors.
+//
 // An interpreter needs no list of its own: with FXFUSE_OP(name, arity, params) defined as
 //   case Opcode::name: r = Apply<M, Opcode::name>(a, b, c, p0, p1); break;
 // including opcodes.def writes its switch.
@@ -26,15 +28,29 @@ namespace fxfuse {
 
 enum class Opcode : uint16_t {
 #define FXFUSE_OP(name, arity, params) name,
+#define FXFUSE_GROUP_OP FXFUSE_OP
+#include "group_opcodes.def"
 #include "opcodes.def"
+#undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 
 #define FXFUSE_OP(name, arity, params) +1
-constexpr int kOpcodeCount = 0
+#define FXFUSE_GROUP_OP FXFUSE_OP
+constexpr int kPointwiseOpcodeCount = 0
 #include "opcodes.def"
     ;
+constexpr int kOpcodeCount = kPointwiseOpcodeCount
+#include "group_opcodes.def"
+    ;
+#undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
+
+// Whether an op is one of group_opcodes.def. Those have no functor: each interpreter adds up as its
+// fragments lie.
+FXFUSE_HD constexpr bool IsGroupOp(Opcode op) {
+  return static_cast<int>(op) >= kPointwiseOpcodeCount;
+}
 
 // A sigmoid s and 1 - s, neither taken from the other: both keep their relative accuracy.
 struct SigmoidPair {
@@ -210,12 +226,18 @@ FXFUSE_HD float Apply(float a, float b, float c, float p0, float p1) {
 // Tensor arguments and parameters of each opcode, indexed by opcode (host tables).
 constexpr uint8_t kArity[kOpcodeCount] = {
 #define FXFUSE_OP(name, arity, params) arity,
+#define FXFUSE_GROUP_OP FXFUSE_OP
+#include "group_opcodes.def"
 #include "opcodes.def"
+#undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 constexpr uint8_t kParameterCount[kOpcodeCount] = {
 #define FXFUSE_OP(name, arity, params) params,
+#define FXFUSE_GROUP_OP FXFUSE_OP
+#include "group_opcodes.def"
 #include "opcodes.def"
+#undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 

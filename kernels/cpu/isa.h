@@ -17,7 +17,8 @@ namespace fxfuse {
 constexpr int kLane = 16;
 
 // out[i] = op(a[i], b[i], c[i]; p0, p1) for i < count, a multiple of kLane. `out` may be one of the
-// arguments; those beyond the op's arity are not read.
+// arguments; those beyond the op's arity are not read. Ops over groups of p0 columns take the whole
+// groups there are, the first from out[0] on, and leave the rest of `out`.
 using OpLoop = void (*)(float* out, const float* a, const float* b, const float* c, float p0,
                         float p1, int count);
 // Converts `count` adjacent elements of a stored type to floats, and back (to nearest even).

@@ -55,6 +55,67 @@ void Loop(float* out, const float* a, const float* b, const float* c, float p0, 
   }
 }
 
+// Groups of adjacent columns ----------------------------------------------------------------------
+
+// The sum of term(i) for i < count, in an order that is the same for every instruction set.
+template <class Term>
+FXFUSE_HD float Total(int count, const Term& term) {
+  float lane[kLane] = {};
+  int i = 0;
+  for (; i + kLane <= count; i += kLane) {
+    FXFUSE_SIMD
+    for (int j = 0; j < kLane; ++j) lane[j] += term(i + j);
+  }
+  for (int j = 0; i + j < count; ++j) lane[j] += term(i + j);
+  for (int half = kLane / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  }
+  return lane[0];
+}
+
+struct Moments {
+  float mean, rstd;
+};
+FXFUSE_HD Moments MomentsOf(const float* x, int width, float eps) {
+  const float count = static_cast<float>(width);
+  const float mean = Total(width, [&](int i) { return x[i]; }) / count;
+  const float squares = Total(width, [&](int i) { return (x[i] - mean) * (x[i] - mean); });
+  return {mean, 1.0f / __builtin_sqrtf(squares / count + eps)};
+}
+
+// A group's result, from its arguments `a` and, where there is one, `b`.
+template <Opcode op>
+FXFUSE_HD void RunGroup(float* out, const float* a, const float* b, int width, float eps) {
+  const float count = static_cast<float>(width);
+  if constexpr (op == Opcode::normalize) {
+    const Moments x = MomentsOf(a, width, eps);
+    FXFUSE_SIMD
+    for (int i = 0; i < width; ++i) out[i] = (a[i] - x.mean) * x.rstd;
+  } else if constexpr (op == Opcode::normalize_grad) {
+    const Moments x = MomentsOf(b, width, eps);
+    const auto normalized = [&](int i) { return (b[i] - x.mean) * x.rstd; };
+    const float mean = Total(width, [&](int i) { return a[i]; }) / count;
+    const float slope = Total(width, [&](int i) { return a[i] * normalized(i); }) / count;
+    FXFUSE_SIMD
+    for (int i = 0; i < width; ++i) out[i] = x.rstd * (a[i] - mean - normalized(i) * slope);
+  } else {
+    static_assert(op == Opcode::group_mean, "the last of group_opcodes.def");
+    const float mean = Total(width, [&](int i) { return a[i]; }) / count;
+    for (int i = 0; i < width; ++i) out[i] = mean;
+  }
+}
+
+template <Opcode op>
+void GroupLoop(float* out, const float* a, const float* b, const float*, float p0, float p1,
+               int count) {
+  const int width = static_cast<int>(p0);
+  for (int i = 0; i + width <= count; i += width) {
+    RunGroup<op>(out + i, a + i, b + i, width, p1);
+  }
+}
+
+// Conversions -------------------------------------------------------------------------------------
+
 float FromHalf(uint16_t half) {
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
@@ -167,6 +228,9 @@ extern const IsaKernels kKernels = {FXFUSE_STRING(FXFUSE_ISA),
 #define FXFUSE_OP(name, arity, params) Loop<Opcode::name>,
 #include "opcodes.def"
 #undef FXFUSE_OP
+#define FXFUSE_GROUP_OP(name, arity, params) GroupLoop<Opcode::name>,
+#include "group_opcodes.def"
+#undef FXFUSE_GROUP_OP
                                     },
                                     {LoadF32, LoadF16, LoadBf16, LoadBool},
                                     {StoreF32, StoreF16, StoreBf16},

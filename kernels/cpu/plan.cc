@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace fxfuse {
 namespace {
@@ -50,6 +51,10 @@ int Cost(Opcode op) {
       return 20;
     case Opcode::pow:
       return 50;
+    case Opcode::normalize:
+    case Opcode::normalize_grad:
+    case Opcode::group_mean:
+      return 6;
     default:
       return 8;
   }
@@ -97,6 +102,18 @@ bool HasSums(const fxfuse_program& program) {
   return false;
 }
 
+// The columns that a part of a row must be a multiple of: whole vectors, and whole groups of all
+// ops over groups of columns.
+int64_t WholeGroups(const fxfuse_program& program) {
+  int64_t columns = kLane;
+  for (int i = 0; i < program.instruction_count; ++i) {
+    const fxfuse_instruction& op = program.instruction[i];
+    if (!IsGroupOp(static_cast<Opcode>(op.opcode))) continue;
+    columns = std::lcm(columns, static_cast<int64_t>(op.immediate[0]));
+  }
+  return columns;
+}
+
 // Turns a problem in which everything is dense into a single long row.
 void Flatten(const fxfuse_program& program, Plan* plan) {
   const int64_t m = plan->rows;
@@ -126,11 +143,11 @@ void Flatten(const fxfuse_program& program, Plan* plan) {
 constexpr int64_t kStrips = 16;
 constexpr int64_t kMaxStripTiles = 64;
 
-void ChooseTiles(bool has_sums, Plan* plan) {
+void ChooseTiles(const fxfuse_program& program, Plan* plan) {
   const int64_t columns = plan->columns;
   if (columns > kFragment) {
     const int64_t pieces = (columns + kFragment - 1) / kFragment;
-    plan->tile_columns = RoundUp((columns + pieces - 1) / pieces, kLane);
+    plan->tile_columns = RoundUp((columns + pieces - 1) / pieces, WholeGroups(program));
     plan->tile_rows = 1;
   } else {
     plan->tile_columns = columns;
@@ -139,7 +156,7 @@ void ChooseTiles(bool has_sums, Plan* plan) {
   plan->column_tiles = (columns + plan->tile_columns - 1) / plan->tile_columns;
   plan->row_tiles = (plan->rows + plan->tile_rows - 1) / plan->tile_rows;
   plan->strip_tiles = 1;
-  if (has_sums) {
+  if (HasSums(program)) {
     plan->strip_tiles = std::min((plan->row_tiles + kStrips - 1) / kStrips, kMaxStripTiles);
   }
   plan->strip_count =
@@ -214,7 +231,7 @@ void PartialSums(const fxfuse_problem& problem, int64_t* p, int64_t* q) {
   Plan plan;
   plan.rows = problem.m;
   plan.columns = problem.n;
-  ChooseTiles(HasSums(problem.program), &plan);
+  ChooseTiles(problem.program, &plan);
   *p = plan.strip_count / plan.column_tiles;
   *q = plan.column_tiles;
 }
@@ -250,7 +267,7 @@ void MakePlan(const fxfuse_problem& problem, void* const* pointers, const IsaKer
                        program.output[i].sum, 0};
   }
   Flatten(program, plan);
-  ChooseTiles(HasSums(program), plan);
+  ChooseTiles(program, plan);
   PlanSteps(program, plan);
 }
 

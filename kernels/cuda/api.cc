@@ -54,11 +54,18 @@ bool PortableIsFaster(const fxfuse_problem& problem) {
 fxfuse_status ChooseGemm(const char* call, const fxfuse_problem& problem, void* const* pointers,
                          const Device& device, Choice* choice) {
   const bool aligned = InputsAligned(problem, pointers);
-  const bool automatic = problem.route == FXFUSE_ROUTE_AUTO && !PortableIsFaster(problem);
+  const bool automatic =
+      problem.route == FXFUSE_ROUTE_AUTO && (GroupWidth(problem) > 0 || !PortableIsFaster(problem));
   if (automatic || problem.route == FXFUSE_ROUTE_HOPPER) {
     choice->route = FXFUSE_ROUTE_HOPPER;
     choice->hopper = ChooseHopper(problem, pointers, aligned, device.limits);
     if (choice->hopper.kernel != nullptr) return FXFUSE_OK;
+  }
+  if (GroupWidth(problem) > 0) {
+    return Fail(FXFUSE_UNSUPPORTED,
+                "%s: groups of %d columns: after a GEMM only a chain of the Hopper route takes "
+                "groups, of %d columns or that times a power of two, up to a tile's",
+                call, GroupWidth(problem), kMinChainGroup);
   }
   if (problem.route == FXFUSE_ROUTE_HOPPER) {
     return Fail(FXFUSE_UNSUPPORTED,
@@ -117,7 +124,11 @@ fxfuse_status Choose(const char* call, const fxfuse_problem& problem, void* cons
   }
   choice->route = FXFUSE_ROUTE_POINTWISE;
   choice->pointwise = &PointwiseKernelFor(RequiredMath(problem));
-  return FXFUSE_OK;
+  const int width = choice->pointwise->width;
+  if (LanesCoverGroups(problem, width)) return FXFUSE_OK;
+  return Fail(FXFUSE_UNSUPPORTED,
+              "%s: groups of %d columns, %s takes %d or that times a power of two, up to %d", call,
+              GroupWidth(problem), choice->pointwise->name, width, 32 * width);
 }
 
 }  // namespace

@@ -31,8 +31,8 @@ class Chain {
   // constant memory that has not been read for a while is slow.
   explicit __device__ __forceinline__ Chain(const DeviceProgram& program)
       : program_(program),
-        first_codes_(static_cast<uint32_t>(program.chain_codes)),
-        more_codes_(static_cast<uint32_t>(program.chain_codes >> 32)),
+        first_codes_(program.chain_codes[0]),
+        more_codes_(program.chain_codes[1]),
         rows_(static_cast<int>(program.rows)),
         columns_(static_cast<int>(program.columns)),
         output_(program.output[program.chain_output[0]].data),
@@ -55,8 +55,8 @@ class Chain {
     int stores = 0;
 #pragma unroll 1
     for (int i = 0;; ++i) {
-      const ChainCode code = static_cast<ChainCode>(codes & 15);
-      codes = i == 7 ? more_codes_ : codes >> 4;
+      const ChainCode code = static_cast<ChainCode>(codes & ((1 << kChainCodeBits) - 1));
+      codes = i == kChainCodesPerWord - 1 ? more_codes_ : codes >> kChainCodeBits;
       const ChainStep& step = program_.chain[i];
       switch (code) {
 #define FXFUSE_CHAIN(name)            \
@@ -70,6 +70,9 @@ class Chain {
           continue;
         case ChainCode::tanh_unit:
           Each(v, [](float x) { return Math::tanh_unit(x); });
+          continue;
+        case ChainCode::normalize:
+          Normalize(step, v);
           continue;
         case ChainCode::add_constant:
           EachApply<Opcode::add>(step, v);
@@ -173,6 +176,60 @@ class Chain {
   static __device__ __forceinline__ void EachApply(const ChainStep& step, Values& v) {
     const float p0 = step.p0, p1 = step.p1;
     Each(v, [&](float x) { return Apply<Math, op>(x, p0, 0.0f, p0, p1); });
+  }
+
+  // Gives every block of 32 columns the sum over its group of `blocks` of them, out of what each
+  // lane of a quad has of each.
+  static __device__ __forceinline__ void AddUpGroups(int blocks, float (&sum)[kBlocks]) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) sum[b] += __shfl_xor_sync(~0u, sum[b], bit);
+    }
+#pragma unroll
+    for (int step = 1; step < kBlocks; step *= 2) {
+      if (step >= blocks) break;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        if ((b & step) == 0) sum[b] = sum[b + step] = sum[b] + sum[b + step];
+      }
+    }
+  }
+
+  // (x - mean) / sqrt(variance + eps) over groups of p0 columns, eps being p1. In two passes: what
+  // the mean is does not cost the variance its digits.
+  static __device__ __forceinline__ void Normalize(const ChainStep& step, Values& v) {
+    const int blocks = static_cast<int>(step.p0) / kBlockStep;
+    const float each = __frcp_rn(step.p0);  // exact: a power of two
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum[kBlocks];
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        sum[b] = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) sum[b] += v[AccumulatorIndex(b, h, w)];
+      }
+      AddUpGroups(blocks, sum);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const float mean = sum[b] * each;
+        sum[b] = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) {
+          float& x = v[AccumulatorIndex(b, h, w)];
+          x -= mean;
+          sum[b] = fmaf(x, x, sum[b]);
+        }
+      }
+      AddUpGroups(blocks, sum);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const float rstd = rsqrtf(fmaf(sum[b], each, step.p1));
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) v[AccumulatorIndex(b, h, w)] *= rstd;
+      }
+    }
   }
 
   // Combines with an operand, which has rows of its own if kFull, else the same for all rows.

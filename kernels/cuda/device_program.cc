@@ -109,6 +109,13 @@ ChainCode Cheapest(ChainCode code, const ChainStep& step, Interval x) {
   return code;
 }
 
+// Whether a group's width is `unit` columns, or that times a power of two.
+bool IsPowerOfTwoTimes(float width, int unit) {
+  const int columns = static_cast<int>(width);
+  const int units = columns / unit;
+  return columns % unit == 0 && units > 0 && (units & (units - 1)) == 0;
+}
+
 // The chain code of an op without a second argument, or of a second argument of kind `kind`.
 enum class ChainKind { kNone, kConstant, kRow, kFull };
 
@@ -122,6 +129,9 @@ bool FindCode(Opcode opcode, ChainKind kind, ChainCode* code) {
 #undef FXFUSE_CHAIN
     case Opcode::copy:
       *code = ChainCode::store;
+      return kind == ChainKind::kNone;
+    case Opcode::normalize:
+      *code = ChainCode::normalize;
       return kind == ChainKind::kNone;
     case Opcode::add:
       *code = kind == ChainKind::kConstant ? ChainCode::add_constant
@@ -146,6 +156,10 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
   if (instruction.save >= 0 || instruction.source[0] != FXFUSE_FROM_PREVIOUS) return false;
   step->p0 = instruction.immediate[0];
   step->p1 = instruction.immediate[1];
+  if (IsGroupOp(static_cast<Opcode>(instruction.opcode)) &&
+      !IsPowerOfTwoTimes(step->p0, kMinChainGroup)) {
+    return false;
+  }
   ChainKind kind = ChainKind::kNone;
   if (instruction.arity == 2) {
     const int index = instruction.index[1];
@@ -169,7 +183,7 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
 // Fills the chain from the program's instructions, operands and outputs.
 void TranslateChain(DeviceProgram* program) {
   program->chain_count = program->chain_stores = 0;
-  program->chain_codes = 0;
+  program->chain_codes[0] = program->chain_codes[1] = 0;
   const int count = program->instruction_count;
   if (count > kMaxChain || program->columns % 8 != 0) return;
   const int last = program->instruction[count - 1].store;
@@ -185,7 +199,9 @@ void TranslateChain(DeviceProgram* program) {
     code = Cheapest(code, step, interval);
     if (code != ChainCode::store) {
       interval = After(code, step, interval);
-      program->chain_codes |= static_cast<uint64_t>(code) << (4 * steps++);
+      program->chain_codes[steps / kChainCodesPerWord] |=
+          static_cast<uint32_t>(code) << (kChainCodeBits * (steps % kChainCodesPerWord));
+      ++steps;
     }
     if (instruction.store < 0) continue;
     const DeviceOutput& output = program->output[instruction.store];
@@ -256,6 +272,26 @@ MathLevel RequiredMath(const fxfuse_problem& problem) {
     if (dtype != FXFUSE_BF16) level = MathLevel::kHalf;
   }
   return level;
+}
+
+int GroupWidth(const fxfuse_problem& problem) {
+  int widest = 0;
+  for (int i = 0; i < problem.program.instruction_count; ++i) {
+    const fxfuse_instruction& instruction = problem.program.instruction[i];
+    if (!IsGroupOp(static_cast<Opcode>(instruction.opcode))) continue;
+    widest = std::max(widest, static_cast<int>(instruction.immediate[0]));
+  }
+  return widest;
+}
+
+bool LanesCoverGroups(const fxfuse_problem& problem, int width) {
+  for (int i = 0; i < problem.program.instruction_count; ++i) {
+    const fxfuse_instruction& instruction = problem.program.instruction[i];
+    if (!IsGroupOp(static_cast<Opcode>(instruction.opcode))) continue;
+    const float columns = instruction.immediate[0];
+    if (!IsPowerOfTwoTimes(columns, width) || columns > 32.0f * width) return false;
+  }
+  return true;
 }
 
 bool HasSums(const fxfuse_problem& problem) {

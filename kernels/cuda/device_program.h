@@ -44,7 +44,9 @@ constexpr int64_t kMaxRows = INT32_MAX - 1024;
 // A program is a chain when each instruction works on what the one before left, with at most one
 // operand in vectors of eight columns (see row_operands) or with a constant; when none is kept in a
 // slot; when the last stores and at most one before it, in such vectors; and when outputs and
-// operands are of one dtype. Chain runs chains of these ops, and Interpreter any program.
+// operands are of one dtype. Chain runs chains of these ops, and Interpreter any program but those
+// with ops over groups of columns: a chain normalizes where a group is 32 columns, or 32 times a
+// power of two up to the columns of a tile.
 #define FXFUSE_CHAIN_OPS(X) X(relu) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh)
 
 enum class ChainCode : uint8_t {
@@ -54,6 +56,7 @@ enum class ChainCode : uint8_t {
 #undef FXFUSE_CHAIN
       gelu_unit,  // of arguments that the steps before confine to [-1, 1]
   tanh_unit,
+  normalize,
   add_constant,
   mul_constant,
   add_row,
@@ -61,7 +64,8 @@ enum class ChainCode : uint8_t {
   add_full,
   mul_full
 };
-static_assert(static_cast<int>(ChainCode::mul_full) < 16, "four bits hold a code");
+constexpr int kChainCodeBits = 5, kChainCodesPerWord = 6;
+static_assert(static_cast<int>(ChainCode::mul_full) < 1 << kChainCodeBits, "a code fits");
 
 struct ChainStep {
   float p0, p1;
@@ -69,9 +73,10 @@ struct ChainStep {
   int64_t row_stride;  // of data, in elements
 };
 
-constexpr int kMaxChain = 12;       // instructions
+constexpr int kMaxChain = 10;       // instructions
 constexpr int kMaxChainStores = 2;  // one of which is no step of an instruction
-static_assert(kMaxChain + kMaxChainStores <= 16, "four bits of chain_codes each");
+static_assert(kMaxChain + kMaxChainStores <= 2 * kChainCodesPerWord, "two words of codes");
+constexpr int kMinChainGroup = 32;  // columns
 
 // The bias is one more operand, added by one more instruction.
 constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
@@ -91,7 +96,7 @@ struct DeviceProgram {
   int32_t chain_count;  // instructions of the program if it is a chain (with no more steps), else 0
   int16_t chain_output[kMaxChainStores];
   int32_t chain_stores;
-  uint64_t chain_codes;  // a ChainCode for each step in four bits, the first in the lowest
+  uint32_t chain_codes[2];  // a ChainCode for each step, the first in the lowest bits
   ChainStep chain[kMaxChain + kMaxChainStores];
 };
 
@@ -115,6 +120,13 @@ constexpr int kNoChain = -1;
 int ChainDtype(const fxfuse_problem& problem, void* const* pointers);
 
 MathLevel RequiredMath(const fxfuse_problem& problem);
+
+// The widest group of columns of an op over such groups; 0 where the program has none.
+int GroupWidth(const fxfuse_problem& problem);
+
+// Whether such ops can add up where threads side by side have `width` columns each: every group is
+// that times a power of two, up to a warp's.
+bool LanesCoverGroups(const fxfuse_problem& problem, int width);
 
 // Whether any output is summed.
 bool HasSums(const fxfuse_problem& problem);

@@ -39,6 +39,8 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&value, &bits, 4);
   return value;
 }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);

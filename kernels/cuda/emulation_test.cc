@@ -12,6 +12,7 @@ using DeviceMath = HostMath;
 using DeviceHalfMath = HostMath;
 using DeviceFastMath = HostMath;
 }  // namespace fxfuse
+#include "chain.cuh"
 #include "choose.h"
 #include "pointwise_kernel.cu"
 #include "portable_gemm.cuh"
@@ -340,11 +341,13 @@ void TestChain(const char* name, std::vector<Op> ops, std::vector<ChainCode> exp
   void* const pointers[FXFUSE_PTR_COUNT] = {};
   DeviceProgram program = {};
   TranslateProgram(problem, pointers, &program);
-  uint64_t codes = 0;
+  bool good = program.chain_count > 0;
+  expected.push_back(ChainCode::store);
   for (size_t i = 0; i < expected.size(); ++i) {
-    codes |= static_cast<uint64_t>(expected[i]) << (4 * i);
+    const uint32_t word = program.chain_codes[i / kChainCodesPerWord];
+    const uint32_t code = word >> (kChainCodeBits * (i % kChainCodesPerWord)) % 32 & 31;
+    good = good && code == static_cast<uint32_t>(expected[i]);
   }
-  const bool good = program.chain_count > 0 && program.chain_codes == codes;
   failures += !good;
   printf("%-6s chain of %s\n", good ? "ok" : "FAILED", name);
 }
@@ -366,6 +369,160 @@ void TestChains() {
   TestChain("tanh, gelu, clamp", {tanh, gelu, clamp}, {C::tanh, C::gelu_unit});
   TestChain("tanh, silu, clamp", {tanh, {Opcode::silu}, clamp}, {C::tanh, C::silu, C::clamp});
   TestChain("copy", {{Opcode::copy}}, {});
+  TestChain("ten steps", std::vector<Op>(10, relu), std::vector<C>(10, C::relu));
+}
+
+// The columns of a group, from the one that holds column `j` on, in double.
+template <class T>
+struct Group {
+  Group(const std::vector<T>& matrix, int64_t n, int width, int64_t i, int64_t j)
+      : at(matrix.begin() + i * n + j / width * width), width(width) {}
+  double operator[](int c) const { return static_cast<float>(at[c]); }
+  template <class Term>
+  double Mean(const Term& term) const {
+    double sum = 0;
+    for (int c = 0; c < width; ++c) sum += term(c);
+    return sum / width;
+  }
+  double Mean() const {
+    return Mean([&](int c) { return (*this)[c]; });
+  }
+  double Rstd(double eps) const {
+    const double mean = Mean();
+    const auto square = [&](int c) { return ((*this)[c] - mean) * ((*this)[c] - mean); };
+    return 1 / std::sqrt(Mean(square) + eps);
+  }
+  double Normalized(int c, double eps) const { return ((*this)[c] - Mean()) * Rstd(eps); }
+
+  typename std::vector<T>::const_iterator at;
+  int width;
+};
+
+constexpr float kEps = 1e-3f;
+
+// A problem [m, n] of one output for each op, taken of the accumulator, and a gradient as operand.
+fxfuse_problem GroupProblem(int64_t m, int64_t n, int dtype, int width, std::vector<Opcode> ops) {
+  fxfuse_problem problem = {};
+  problem.m = m, problem.n = n, problem.lda = n, problem.input_dtype = dtype;
+  fxfuse_program& program = problem.program;
+  program.operand_count = program.slot_count = 1;
+  program.operand[0] = {n, 1, 1, m, dtype, 0};
+  program.instruction[0] = Instruction(Opcode::copy, {{FXFUSE_FROM_PREVIOUS, 0}}, -1, 0);
+  program.instruction_count = 1;
+  for (const Opcode opcode : ops) {
+    std::vector<std::pair<int, int>> arguments = {{FXFUSE_FROM_SLOT, 0}};
+    if (opcode == Opcode::normalize_grad) arguments.insert(arguments.begin(), {2, 0});
+    fxfuse_instruction& op = program.instruction[program.instruction_count++];
+    op = Instruction(opcode, arguments, program.output_count, -1, static_cast<float>(width));
+    op.immediate[1] = kEps;
+    program.output[program.output_count++] = {n, dtype, 0};
+  }
+  return problem;
+}
+
+// Every op over groups, by the pointwise kernel.
+template <class T, int kWidth, int kGroups>
+void TestGroups(int64_t m, int64_t n, int width, int resident) {
+  using Config = PointwiseConfig<HostMath, kWidth, kGroups, kWidth == 8>;
+  std::vector<T> x = Random<T>(m * n), g = Random<T>(m * n);
+  for (T& value : x) value = T(static_cast<float>(value) + 3.0f);
+  std::vector<T> output[3];
+  fxfuse_problem problem = GroupProblem(
+      m, n, kDtype<T>, width, {Opcode::normalize, Opcode::normalize_grad, Opcode::group_mean});
+  void* pointers[FXFUSE_PTR_COUNT] = {};
+  pointers[FXFUSE_PTR_OPERAND] = g.data();
+  for (int i = 0; i < 3; ++i) {
+    output[i].assign(m * n, T(kUntouched));
+    pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
+  }
+  const PointwiseGrid grid =
+      DividePointwise({"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
+  PointwiseArguments arguments = {};
+  arguments.accumulator = x.data();
+  arguments.row_stride = n;
+  arguments.dtype = kDtype<T>;
+  arguments.vector = VectorAligned(x.data(), n, m, kDtype<T>);
+  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
+  arguments.groups = true;
+  arguments.column_blocks = grid.column_blocks;
+  arguments.row_blocks = grid.row_blocks;
+  TranslateProgram(problem, pointers, &arguments.program);
+  const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
+  emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
+                    [&] { PointwiseProgram<Config>(arguments); });
+  double worst = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const Group<T> a(x, n, width, i, j), b(g, n, width, i, j);
+      const auto slope = [&](int c) { return b[c] * a.Normalized(c, kEps); };
+      const double normalized = a.Normalized(j % width, kEps);
+      const double expected[] = {
+          normalized, a.Rstd(kEps) * (b[j % width] - b.Mean() - normalized * b.Mean(slope)),
+          a.Mean()};
+      for (int o = 0; o < 3; ++o) {
+        const double found = static_cast<float>(output[o][i * n + j]);
+        const double error = std::abs(found - expected[o]) / (1 + std::abs(expected[o]));
+        worst = error <= worst ? worst : error;
+      }
+    }
+  }
+  const bool good = LanesCoverGroups(problem, kWidth) && worst <= (sizeof(T) == 4 ? 5e-6 : 8e-3);
+  failures += !good;
+  printf("%-6s groups of %-14d %4ld x %-5ld error %.1e\n", good ? "ok" : "FAILED", width,
+         static_cast<long>(m), static_cast<long>(n), worst);
+}
+
+// Chains take what is known to lie in [-1, 1] by forms of its own.
+struct ChainMath : HostMath {
+  static float gelu_unit(float x) { return gelu(x); }
+  static float tanh_unit(float x) { return tanh(x); }
+};
+
+// A chain that normalizes, over the accumulators of a warp.
+template <int kDtype, class T, int kBlocks>
+void TestChainGroups(int64_t n, int width, bool adjacent) {
+  constexpr int64_t kRows = 13;  // of 16
+  const std::vector<T> x = Random<T>(kRows * n);
+  std::vector<T> output(kRows * n, T(kUntouched));
+  fxfuse_problem problem = {};
+  problem.m = kRows, problem.n = n;
+  problem.program.instruction_count = problem.program.output_count = 1;
+  problem.program.output[0] = {n, kDtype, 0};
+  problem.program.instruction[0] =
+      Instruction(Opcode::normalize, {{FXFUSE_FROM_PREVIOUS, 0}}, 0, -1, static_cast<float>(width));
+  problem.program.instruction[0].immediate[1] = kEps;
+  void* pointers[FXFUSE_PTR_COUNT] = {};
+  pointers[FXFUSE_PTR_OUTPUT] = output.data();
+  DeviceProgram program = {};
+  TranslateProgram(problem, pointers, &program);
+  emulation::Launch(1, 32, [&] {
+    Chain<ChainMath, kDtype, kBlocks> chain(program);
+    float v[16 * kBlocks] = {};
+    const int quad = threadIdx.x % 4;
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int h = 0; h < 2; ++h) {
+        for (int w = 0; w < 8; ++w) {
+          const int row = threadIdx.x / 4 + 8 * h;
+          const int column = 32 * b + (adjacent ? 8 * quad + w : 8 * (w / 2) + 2 * quad + w % 2);
+          if (row >= kRows || column >= n) continue;
+          v[AccumulatorIndex(b, h, w)] = static_cast<float>(x[row * n + column]);
+        }
+      }
+    }
+    chain.Run(0, 0, adjacent, v);
+  });
+  double worst = program.chain_count > 0 ? 0 : INFINITY;
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const double expected = Group<T>(x, n, width, i, j).Normalized(j % width, kEps);
+      const double error = std::abs(static_cast<float>(output[i * n + j]) - expected);
+      worst = error <= worst ? worst : error;
+    }
+  }
+  const bool good = worst <= (sizeof(T) == 4 ? 2e-6 : 1.6e-2);
+  failures += !good;
+  printf("%-6s chain, groups of %-7d %4ld x %-5ld error %.1e\n", good ? "ok" : "FAILED", width,
+         static_cast<long>(kRows), static_cast<long>(n), worst);
 }
 
 // x + row, stored, and its sums over rows, columns and all.
@@ -505,6 +662,17 @@ void RunAll() {
   TestPointwise<Bf16, float, 4, 4>(1, 3000, 0, 7);
   TestPointwise<float, Bf16, 8, 2>(300, 1, 0, 7);
   TestPointwise<Bf16, Bf16, 8, 2>(64, 6144, 0, 11);
+  TestGroups<float, 4, 4>(37, 96, 32, 5);
+  TestGroups<float, 4, 4>(9, 4, 4, 5);
+  TestGroups<float, 4, 4>(70, 1280, 128, 2);
+  TestGroups<Bf16, 8, 2>(33, 8, 8, 5);
+  TestGroups<Bf16, 8, 2>(40, 1536, 256, 3);
+  TestGroups<F16, 8, 2>(129, 320, 64, 3);
+  TestChainGroups<FXFUSE_F32, float, 4>(128, 32, true);
+  TestChainGroups<FXFUSE_F32, float, 4>(64, 64, true);
+  TestChainGroups<FXFUSE_BF16, Bf16, 8>(256, 128, true);
+  TestChainGroups<FXFUSE_BF16, Bf16, 8>(256, 256, false);
+  TestChainGroups<FXFUSE_F16, F16, 2>(32, 32, false);
   TestSums<float, 4, 4>(100, 132, 5);
   TestSums<float, 4, 4>(65, 4097, 7);
   TestSums<float, 4, 4>(700, 3, 4);

@@ -202,11 +202,13 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
                           const DeviceLimits& device) {
   const bool halves = problem.input_dtype == FXFUSE_F16 || problem.input_dtype == FXFUSE_BF16;
   if (!device.hopper || !aligned || !halves || problem.k == 0) return {};
+  const int group_width = GroupWidth(problem);
   const auto best = [&](int chain_dtype) {
     return BestKernel(
         AllHopperKernels(), RequiredMath(problem),
         [&](const HopperKernel& k) {
-          return k.chain_dtype == chain_dtype && k.planes == std::max(problem.planes, 1);
+          return k.chain_dtype == chain_dtype && k.planes == std::max(problem.planes, 1) &&
+                 group_width <= (chain_dtype == kNoChain ? 0 : k.tile_n);
         },
         [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
   };

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "device_program.h"
+#include "group_ops.cuh"
 #include "memory.cuh"
 #include "pointwise.h"
 
@@ -80,7 +81,9 @@ class Decoded {
 struct NoSums {};
 
 // Sums: what takes the values of outputs that are summed, by Add(program, output, at, values).
-template <class Fragment, class Math, class Sums = NoSums>
+// kGroups: whether programs may have ops over groups of columns. Then all lanes of a warp run at
+// once, and those side by side have adjacent columns, from a multiple of every group's width on.
+template <class Fragment, class Math, class Sums = NoSums, bool kGroups = false>
 struct Interpreter {
   static constexpr int kSize = Fragment::kSize;
   static constexpr bool kSums = !std::is_same<Sums, NoSums>::value;
@@ -172,6 +175,9 @@ struct Interpreter {
   if (opcode == Opcode::name) return Execute<Opcode::name>(v, b, c, p0, p1);
     FXFUSE_HOT_OPS(FXFUSE_HOT)
 #undef FXFUSE_HOT
+    if constexpr (kGroups) {
+      if (IsGroupOp(opcode)) return GroupOps<Fragment>::Run(opcode, v, b, p0, p1);
+    }
     switch (opcode) {
 #define FXFUSE_OP(name, arity, params)                                          \
   case Opcode::name:                                                            \
@@ -179,6 +185,8 @@ struct Interpreter {
     break;
 #include "opcodes.def"
 #undef FXFUSE_OP
+      default:
+        break;
     }
   }
 

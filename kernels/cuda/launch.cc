@@ -52,6 +52,7 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
   arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
   arguments.vector =
       VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
+  arguments.groups = GroupWidth(problem) > 0;
   const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
   arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
   arguments.column_blocks = grid.column_blocks;

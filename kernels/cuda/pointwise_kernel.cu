@@ -192,8 +192,10 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     }
     at = position();
     if (Config::kPrefetch && row_block < arguments.row_blocks) raw.Load(arguments, at);
-    if (here.Column(0) < arguments.program.columns) {
-      Interpreter<Fragment, typename Config::Math>::Run(arguments.program, here, values);
+    // Where lanes add up, those beyond the last column take part: they store nothing.
+    if (arguments.groups || here.Column(0) < arguments.program.columns) {
+      Interpreter<Fragment, typename Config::Math, NoSums, true>::Run(arguments.program, here,
+                                                                      values);
     }
   }
 }
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     raw.Load(arguments, at);
     float values[Fragment::kSize];
     raw.Unpack(arguments.dtype, values);
-    Interpreter<Fragment, typename Config::Math, Sums>::Run(program, at, values, 0, sums);
+    Interpreter<Fragment, typename Config::Math, Sums, true>::Run(program, at, values, 0, sums);
   }
 
   // Sums of the block, in a fixed order: columns by line, or threads by number.

@@ -11,11 +11,11 @@ constexpr int kPointwiseThreads = 256;
 
 struct PointwiseArguments {
   const void* accumulator;
-  int64_t row_stride;  // in elements
-  uint8_t dtype;       // fxfuse_dtype
-  uint8_t vector;      // aligned for 16-byte loads
-  uint8_t log2_lanes;  // threads of a block side by side in a row; the others lie below
-  uint8_t reserved;
+  int64_t row_stride;      // in elements
+  uint8_t dtype;           // fxfuse_dtype
+  uint8_t vector;          // aligned for 16-byte loads
+  uint8_t log2_lanes;      // threads of a block side by side in a row; the others lie below
+  uint8_t groups;          // the program has ops over groups of columns
   uint32_t column_blocks;  // blocks side by side in a row
   uint32_t row_blocks;     // blocks below each other
   uint32_t strip_blocks;   // of those below each other, how many one block takes; with sums only

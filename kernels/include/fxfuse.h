@@ -26,12 +26,13 @@ extern "C" {
 #endif
 
 // Raised whenever a struct below or the meaning of a field changes.
-#define FXFUSE_ABI_VERSION 3
+#define FXFUSE_ABI_VERSION 4
 
-#define FXFUSE_MAX_INSTRUCTIONS 32
+#define FXFUSE_MAX_INSTRUCTIONS 48
 #define FXFUSE_MAX_OPERANDS 8
-#define FXFUSE_MAX_OUTPUTS 4
-#define FXFUSE_MAX_SLOTS 4
+#define FXFUSE_MAX_OUTPUTS 6
+#define FXFUSE_MAX_SLOTS 6
+#define FXFUSE_MAX_GROUP_WIDTH 1024  // columns of a group that an op adds up
 #define FXFUSE_MAX_SPLITS 2
 #define FXFUSE_PLANE_ROWS 32  // rows of a plane are allocated in multiples of it
 
@@ -59,7 +60,9 @@ typedef enum {
 
 // result = opcode(arguments; immediates). The result is what the next instruction sees as
 // "previous"; it is kept in slot[save] and written to output[store] where those are not -1.
-// An op with parameters finds them in `immediate`; an op without may use them as arguments.
+// An op with parameters finds them in `immediate`; an op without may use them as arguments. The
+// first parameter of an op over groups of adjacent columns (normalize, ...) is a group's width, a
+// divisor of N up to FXFUSE_MAX_GROUP_WIDTH.
 typedef struct {
   uint16_t opcode;
   int8_t save;

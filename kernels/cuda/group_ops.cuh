@@ -1,0 +1,87 @@
+// The ops of group_opcodes.def over a fragment, where lanes side by side have adjacent columns.
+
+#ifndef FXFUSE_CUDA_GROUP_OPS_CUH_
+#define FXFUSE_CUDA_GROUP_OPS_CUH_
+
+#include "pointwise.h"
+
+namespace fxfuse {
+
+template <class Fragment>
+class GroupOps {
+ public:
+  static constexpr int kSize = Fragment::kSize;
+  using Values = float[kSize];
+
+  // Leaves the result in `v`, the first argument; `b` is the second, where there is one, and is
+  // overwritten. To be called by whole warps.
+  static __device__ __forceinline__ void Run(Opcode op, Values& v, Values& b, float width,
+                                             float eps) {
+    const int lanes = static_cast<int>(width) / kWidth;
+    const float each = __frcp_rn(width);  // exact: a power of two
+    // One vector at a time, or registers would run out; and since they cannot be indexed, the
+    // fragment turns past the vector at its front.
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      float result[kWidth];
+      if (op == Opcode::normalize_grad) {
+        const float rstd = Normalize(lanes, each, eps, b);
+        const float mean = each * Sum(lanes, [&](int j) { return v[j]; });
+        const float slope = each * Sum(lanes, [&](int j) { return v[j] * b[j]; });
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) result[j] = rstd * (v[j] - mean - b[j] * slope);
+      } else {
+        if (op == Opcode::normalize) Normalize(lanes, each, eps, v);
+        const float mean = each * Sum(lanes, [&](int j) { return v[j]; });
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) result[j] = op == Opcode::normalize ? v[j] : mean;
+      }
+      Turn(v);
+      Turn(b);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) v[kSize - kWidth + j] = result[j];
+    }
+  }
+
+ private:
+  static constexpr int kWidth = Fragment::kWidth;
+  static constexpr int kGroups = Fragment::kGroups;  // vectors, each of a row of its own
+  static_assert(Fragment::kBlocks == 1, "the lanes of a group have all of its columns");
+
+  // The sum of term(j) over the first vectors of `lanes` lanes.
+  template <class Term>
+  static __device__ __forceinline__ float Sum(int lanes, const Term& term) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum += term(j);
+#pragma unroll 1
+    for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    return sum;
+  }
+
+  // Normalizes the first vector and returns 1 / sqrt(variance + eps). In two passes: what the mean
+  // is does not cost the variance its digits.
+  static __device__ __forceinline__ float Normalize(int lanes, float each, float eps, Values& x) {
+    const float mean = each * Sum(lanes, [&](int j) { return x[j]; });
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[j] -= mean;
+    const float rstd = rsqrtf(fmaf(each, Sum(lanes, [&](int j) { return x[j] * x[j]; }), eps));
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[j] *= rstd;
+    return rstd;
+  }
+
+  static __device__ __forceinline__ void Turn(Values& x) {
+    float head[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) head[j] = x[j];
+#pragma unroll
+    for (int j = 0; j < kSize - kWidth; ++j) x[j] = x[j + kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[kSize - kWidth + j] = head[j];
+  }
+};
+
+}  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_GROUP_OPS_CUH_
