@@ -108,7 +108,7 @@ def _pointwise_recipe(
     fixes: Fixes,
     product: Recipe | None = None,
 ) -> Recipe:
-    """The product by a recipe of its own or by torch, where there is one, and the program over it."""
+    """The product, if any, by a recipe of its own or by torch, and the program over it."""
     if call.weight is not None and not call.program.instructions:
         return Recipe("cublas", None, reference_run(call))
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")

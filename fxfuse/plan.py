@@ -61,7 +61,8 @@ def plan_region(region: Region) -> RegionPlan:
     groups: list[FusionGroup] = []
     alone: list[LinearCall] = []
     refusals: list[Refusal] = []
-    for node, found in sorted(reversed(anchors.items()), key=lambda item: joins(*item)):
+    last_first = [*reversed(anchors.items())]
+    for node, found in sorted(last_first, key=lambda item: joins(*item)):
         if node in graph.claims or (
             isinstance(found, NormCall) and not _follows_linear(node, anchors, graph)
         ):

@@ -181,18 +181,17 @@ bool TranslateStep(const DeviceProgram& program, const fxfuse_instruction& instr
 }
 
 // Fills the chain from the program's instructions, operands and outputs.
-void TranslateChain(DeviceProgram* program) {
+void TranslateChain(const fxfuse_instruction* instructions, int count, DeviceProgram* program) {
   program->chain_count = program->chain_stores = 0;
   program->chain_codes[0] = program->chain_codes[1] = 0;
-  const int count = program->instruction_count;
   if (count > kMaxChain || program->columns % 8 != 0) return;
-  const int last = program->instruction[count - 1].store;
+  const int last = instructions[count - 1].store;
   if (last < 0) return;
   const int dtype = program->output[last].dtype;
   Interval interval;
   int steps = 0;
   for (int i = 0; i < count; ++i) {
-    const fxfuse_instruction& instruction = program->instruction[i];
+    const fxfuse_instruction& instruction = instructions[i];
     ChainStep& step = program->chain[steps];
     ChainCode code;
     if (!TranslateStep(*program, instruction, dtype, &step, &code)) return;
@@ -214,6 +213,68 @@ void TranslateChain(DeviceProgram* program) {
   program->chain_count = count;
 }
 
+// A step that fetches argument `j` of an instruction as its second.
+DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code) {
+  DeviceStep step = {};
+  step.code = static_cast<uint8_t>(code);
+  step.index = instruction.index[j];
+  switch (instruction.source[j]) {
+    case FXFUSE_FROM_PREVIOUS:
+      step.second = static_cast<uint8_t>(Second::kPrevious);
+      break;
+    case FXFUSE_FROM_SLOT:
+      step.second = static_cast<uint8_t>(Second::kSlot);
+      break;
+    case FXFUSE_FROM_OPERAND:
+      step.second = static_cast<uint8_t>(Second::kOperand);
+      break;
+    default:
+      step.second = static_cast<uint8_t>(Second::kConstant);
+      step.p0 = instruction.immediate[step.index];
+  }
+  return step;
+}
+
+// Fills the steps from the program's instructions.
+void TranslateSteps(const fxfuse_instruction* instructions, int count, DeviceProgram* program) {
+  static_assert(kOpcodeCount < kKeepThird, "opcodes fit a step");
+  constexpr int kCopy = static_cast<int>(Opcode::copy);
+  DeviceStep* next = program->step;
+  for (const fxfuse_instruction* i = instructions; i < instructions + count; ++i) {
+    const auto is_previous = [&](int j) { return i->source[j] == FXFUSE_FROM_PREVIOUS; };
+    if (i->arity == 3) *next++ = Fetch(*i, 2, kKeepThird);
+    DeviceStep step = {};
+    step.code = static_cast<uint8_t>(i->opcode);
+    if (i->arity == 1) {
+      if (!is_previous(0)) {
+        step = Fetch(*i, 0, i->opcode);
+        step.flags = kTake;
+      }
+    } else if (is_previous(0)) {
+      step = Fetch(*i, 1, i->opcode);
+    } else if (is_previous(1)) {
+      step = Fetch(*i, 0, i->opcode);
+      step.flags = kSwap;
+    } else {
+      *next = Fetch(*i, 0, kCopy);
+      next++->flags = kTake;
+      step = Fetch(*i, 1, i->opcode);
+    }
+    if (kParameterCount[i->opcode] > 0) step.p0 = i->immediate[0], step.p1 = i->immediate[1];
+    step.flags |= static_cast<uint8_t>((i->save + 1) | (i->store + 1) << 3);
+    *next++ = step;
+  }
+  program->step_count = static_cast<int32_t>(next - program->step);
+  program->leading_row = kNoOperand;
+  const DeviceStep& first = program->step[0];
+  if (first.code != static_cast<int>(Opcode::add) || first.flags != 0) return;
+  if (first.second != static_cast<uint8_t>(Second::kOperand)) return;
+  const DeviceOperand& operand = program->operand[first.index];
+  if (operand.access == Access::kVector && operand.row_stride == 0) {
+    program->leading_row = first.index;
+  }
+}
+
 }  // namespace
 
 bool RowsAligned(const void* data, int64_t row_stride, int64_t rows, int dtype, int bytes) {
@@ -229,7 +290,8 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
   const fxfuse_program& program = problem.program;
   device->rows = static_cast<uint32_t>(problem.m);
   device->columns = static_cast<uint32_t>(problem.n);
-  fxfuse_instruction* next = device->instruction;
+  fxfuse_instruction instructions[FXFUSE_MAX_INSTRUCTIONS + 1];
+  fxfuse_instruction* next = instructions;
   if (problem.has_bias) {
     const fxfuse_operand row = {0, 1, 1, kIndexLimit, problem.bias_dtype, 0};
     device->operand[kBiasOperand] = TranslateOperand(row, pointers[FXFUSE_PTR_BIAS], problem.m);
@@ -237,7 +299,7 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
   }
   memcpy(next, program.instruction, program.instruction_count * sizeof(fxfuse_instruction));
   next += program.instruction_count;
-  device->instruction_count = static_cast<int32_t>(next - device->instruction);
+  const int count = static_cast<int>(next - instructions);
   for (int i = 0; i < program.operand_count; ++i) {
     device->operand[i] =
         TranslateOperand(program.operand[i], pointers[FXFUSE_PTR_OPERAND + i], problem.m);
@@ -253,7 +315,8 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
     to.vector = VectorAligned(to.data, output.row_stride, problem.m, output.dtype);
   }
   FindVectorOperands(problem, device);
-  TranslateChain(device);
+  TranslateSteps(instructions, count, device);
+  TranslateChain(instructions, count, device);
 }
 
 int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "include/fxfuse.h"
+#include "pointwise.h"
 
 namespace fxfuse {
 
@@ -80,16 +81,43 @@ constexpr int kMinChainGroup = 32;  // columns
 
 // The bias is one more operand, added by one more instruction.
 constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
-constexpr int kMaxDeviceInstructions = FXFUSE_MAX_INSTRUCTIONS + 1;
+
+// An instruction, or part of one, as Interpreter takes it: on two values held in registers, the
+// first what the step before left, the second fetched for the step.
+struct DeviceStep {
+  uint8_t code;    // an Opcode, or kKeepThird
+  uint8_t second;  // Second
+  uint8_t index;   // of the slot or operand that the second is fetched from
+  uint8_t flags;   // kSwap, kTake, and where the result goes (see KeptSlot and StoredOutput)
+  float p0, p1;    // the op's parameters; or p0 is the second
+};
+
+enum class Second : uint8_t { kNone, kPrevious, kConstant, kSlot, kOperand };
+
+// Keeps the second as the third argument of the op in one of the next steps.
+constexpr int kKeepThird = 255;
+constexpr uint8_t kTake = 0x80;  // the second becomes the first before the op
+constexpr uint8_t kSwap = 0x40;  // they change places
+
+// The slot or output that the result is written to, one more than its number; 0: none.
+FXFUSE_HD constexpr int KeptSlot(int flags) { return flags & 7; }
+FXFUSE_HD constexpr int StoredOutput(int flags) { return flags >> 3 & 7; }
+static_assert(FXFUSE_MAX_SLOTS < 8 && FXFUSE_MAX_OUTPUTS < 8, "three bits each");
+
+// An instruction of three arguments is at most three steps, and the bias one.
+constexpr int kMaxDeviceSteps = 3 * FXFUSE_MAX_INSTRUCTIONS + 1;
+constexpr int kNoOperand = -1;
 
 struct DeviceProgram {
-  int32_t instruction_count;
+  int32_t step_count;
   uint32_t rows;     // M
   uint32_t columns;  // N
   // Bit i: operand i is read in whole vectors of adjacent columns, all rows alike or each its own.
   uint16_t row_operands;
   uint16_t full_operands;
-  fxfuse_instruction instruction[kMaxDeviceInstructions];
+  // The operand, the same for all rows, that the first step does nothing but add; or kNoOperand.
+  int32_t leading_row;
+  DeviceStep step[kMaxDeviceSteps];
   DeviceOperand operand[FXFUSE_MAX_OPERANDS + 1];
   DeviceOutput output[FXFUSE_MAX_OUTPUTS];
   int32_t output_count;

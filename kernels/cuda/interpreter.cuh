@@ -1,11 +1,10 @@
 // Runs an epilogue program over a fragment of the output matrix held in registers:
 //
 //   value            = accumulator                              at each element of the fragment
-//   value, slots     = opcode(arguments)                        for each instruction in turn
+//   value, slots     = opcode(arguments)                        for each step in turn
 //   output[store]    = value                                    where an instruction says so
 //
-// Decoding and dispatch cost some 100 cycles per instruction and fragment. They exist once per
-// kernel: callers loop over fragments instead of unrolling.
+// The code exists once per kernel: callers loop over fragments instead of unrolling.
 
 #ifndef FXFUSE_CUDA_INTERPRETER_CUH_
 #define FXFUSE_CUDA_INTERPRETER_CUH_
@@ -21,7 +20,7 @@
 
 namespace fxfuse {
 
-// Opcodes that most programs are made of: tried first, and unrolled over the whole fragment.
+// Opcodes that most programs are made of: unrolled over the whole fragment.
 #define FXFUSE_HOT_OPS(X) \
   X(add) X(relu) X(mul) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh)
 
@@ -40,41 +39,35 @@ FXFUSE_HD constexpr bool IsCompact(Opcode op) {
          op == Opcode::celu;
 }
 
-// An instruction in registers: five words fetched at once, and one instruction ahead, so that
-// decoding never waits for constant memory.
+// A step in registers, fetched whole, and one step ahead, so that decoding never waits for constant
+// memory.
 class Decoded {
  public:
   // `i` may be one past the last.
   __device__ __forceinline__ Decoded(const DeviceProgram& program, int i) {
-    static_assert(
-        sizeof(fxfuse_instruction) == sizeof(word_) && offsetof(fxfuse_instruction, source) == 4 &&
-            offsetof(fxfuse_instruction, index) == 7 && offsetof(fxfuse_instruction, arity) == 10 &&
-            offsetof(fxfuse_instruction, immediate) == 12,
-        "the shifts below");
-    i = min(i, kMaxDeviceInstructions - 1);
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(&program.instruction[i]);
-#pragma unroll
-    for (int j = 0; j < 5; ++j) word_[j] = from[j];
+    static_assert(offsetof(DeviceStep, second) == 1 && offsetof(DeviceStep, index) == 2 &&
+                      offsetof(DeviceStep, flags) == 3 && offsetof(DeviceStep, p0) == 4 &&
+                      sizeof(DeviceStep) == 12,
+                  "the shifts below");
+    const uint32_t* from =
+        reinterpret_cast<const uint32_t*>(&program.step[min(i, kMaxDeviceSteps - 1)]);
+    word_ = from[0];
+    p0_ = __uint_as_float(from[1]);
+    p1_ = __uint_as_float(from[2]);
   }
 
-  __device__ __forceinline__ Opcode opcode() const {
-    return static_cast<Opcode>(word_[0] & 0xffff);
+  __device__ __forceinline__ int code() const { return word_ & 0xff; }
+  __device__ __forceinline__ Second second() const {
+    return static_cast<Second>(word_ >> 8 & 0xff);
   }
-  __device__ __forceinline__ int save() const { return static_cast<int8_t>(word_[0] >> 16); }
-  __device__ __forceinline__ int store() const { return static_cast<int8_t>(word_[0] >> 24); }
-  __device__ __forceinline__ int source(int argument) const {
-    return word_[1] >> (8 * argument) & 0xff;
-  }
-  __device__ __forceinline__ int index(int argument) const {
-    return (word_[1] >> 24 | word_[2] << 8) >> (8 * argument) & 0xff;
-  }
-  __device__ __forceinline__ int arity() const { return word_[2] >> 16 & 0xff; }
-  __device__ __forceinline__ float immediate(int i) const {
-    return __uint_as_float(i == 0 ? word_[3] : word_[4]);
-  }
+  __device__ __forceinline__ int index() const { return word_ >> 16 & 0xff; }
+  __device__ __forceinline__ int flags() const { return word_ >> 24; }
+  __device__ __forceinline__ float p0() const { return p0_; }
+  __device__ __forceinline__ float p1() const { return p1_; }
 
  private:
-  uint32_t word_[5];
+  uint32_t word_;
+  float p0_, p1_;
 };
 
 // In place of sums, for kernels whose problems have none.
@@ -89,27 +82,26 @@ struct Interpreter {
   static constexpr bool kSums = !std::is_same<Sums, NoSums>::value;
   using Values = float[kSize];
 
-  // Leaves the program's last value in `v`, beginning at instruction `first`.
+  // Leaves the program's last value in `v`, beginning at step `first`.
   static __device__ __forceinline__ void Run(const DeviceProgram& program, const Fragment& at,
                                              Values& v, int first = 0, Sums sums = {}) {
     Slots slot;
     Values b = {};
     Decoded next(program, first);
 #pragma unroll 1
-    for (int i = first; i < program.instruction_count; ++i) {
-      const Decoded instruction = next;
+    for (int i = first; i < program.step_count; ++i) {
+      const Decoded step = next;
       next = Decoded(program, i + 1);
-      Gather(program, instruction, at, slot, v, b);
-      Dispatch(instruction, v, b, slot[kThird]);
-      if (instruction.save() >= 0) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) slot[instruction.save()][j] = v[j];
-      }
-      if (instruction.store() < 0) continue;
-      const DeviceOutput& output = program.output[instruction.store()];
+      if (step.second() != Second::kNone) Fetch(program, step, at, slot, v, b);
+      Dispatch(step, v, b, slot[kThird]);
+      const int flags = step.flags();
+      if (KeptSlot(flags) > 0) Copy(v, slot[KeptSlot(flags) - 1]);
+      if (StoredOutput(flags) == 0) continue;
+      const int index = StoredOutput(flags) - 1;
+      const DeviceOutput& output = program.output[index];
       if constexpr (kSums) {
         if (output.sum != FXFUSE_SUM_NONE) {
-          sums.Add(program, instruction.store(), at, v);
+          sums.Add(program, index, at, v);
           continue;
         }
       }
@@ -118,75 +110,59 @@ struct Interpreter {
   }
 
  private:
-  // Indexed at run time, hence in local memory; rarely used. The one past the last holds the third
-  // argument of an instruction: too rare for registers.
+  // Indexed at run time, hence in local memory. The one past the last holds the third argument of
+  // an op: too rare for registers.
   static constexpr int kThird = FXFUSE_MAX_SLOTS;
   using Slots = float[FXFUSE_MAX_SLOTS + 1][kSize];
 
-  // Puts the arguments where Dispatch wants them: the first in `v`, the second in `b`, the third in
-  // slot[kThird]. Not unrolled: one copy of the fetching code, into `b`, serves all three. The
-  // second is fetched last, and `v` gives way to the first only when no one else asks for it.
-  static __device__ __forceinline__ void Gather(const DeviceProgram& program,
-                                                const Decoded& instruction, const Fragment& at,
-                                                Slots& slot, Values& v, Values& b) {
-    const int arity = instruction.arity();
-    if (arity == 1 && instruction.source(0) == FXFUSE_FROM_PREVIOUS) return;
-#pragma unroll 1
-    for (int turn = arity == 3 ? 0 : 1; turn < 3; ++turn) {
-      const int argument = turn == 0 ? 2 : turn - 1;
-      if (argument >= arity) break;
-      const int source = instruction.source(argument);
-      const int index = instruction.index(argument);
-      if (source == FXFUSE_FROM_OPERAND) {
-        Load(program, program.operand[index], at, b);
-      } else if (source == FXFUSE_FROM_IMMEDIATE) {
-        const float immediate = instruction.immediate(index);
+  static __device__ __forceinline__ void Copy(const Values& from, Values& to) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) b[j] = immediate;
-      } else if (source == FXFUSE_FROM_SLOT) {
+    for (int j = 0; j < kSize; ++j) to[j] = from[j];
+  }
+
+  // Fetches a step's second into `b`, and puts both where the op wants them.
+  static __device__ __forceinline__ void Fetch(const DeviceProgram& program, const Decoded& step,
+                                               const Fragment& at, const Slots& slot, Values& v,
+                                               Values& b) {
+    const Second second = step.second();
+    if (second == Second::kSlot) {
+      Copy(slot[step.index()], b);
+    } else if (second == Second::kConstant) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) b[j] = slot[index][j];
-      } else {
-        if (argument == 0) continue;  // in place
+      for (int j = 0; j < kSize; ++j) b[j] = step.p0();
+    } else if (second == Second::kOperand) {
+      Load(program, program.operand[step.index()], at, b);
+    } else {
+      Copy(v, b);
+    }
+    if ((step.flags() & (kSwap | kTake)) == 0) return;
+    const bool swap = (step.flags() & kSwap) != 0;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) b[j] = v[j];
-      }
-      if (argument == 2) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) slot[kThird][j] = b[j];
-      } else if (argument == 0) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const float previous = v[j];
-          v[j] = b[j];
-          b[j] = previous;
-        }
-        if (arity > 1 && instruction.source(1) == FXFUSE_FROM_PREVIOUS) break;
-      }
+    for (int j = 0; j < kSize; ++j) {
+      const float previous = v[j];
+      v[j] = b[j];
+      b[j] = swap ? previous : b[j];
     }
   }
 
-  static __device__ __forceinline__ void Dispatch(const Decoded& instruction, Values& v, Values& b,
-                                                  const Values& c) {
-    const float p0 = instruction.immediate(0);
-    const float p1 = instruction.immediate(1);
-    const Opcode opcode = instruction.opcode();
-#define FXFUSE_HOT(name) \
-  if (opcode == Opcode::name) return Execute<Opcode::name>(v, b, c, p0, p1);
-    FXFUSE_HOT_OPS(FXFUSE_HOT)
-#undef FXFUSE_HOT
-    if constexpr (kGroups) {
-      if (IsGroupOp(opcode)) return GroupOps<Fragment>::Run(opcode, v, b, p0, p1);
-    }
-    switch (opcode) {
-#define FXFUSE_OP(name, arity, params)                                          \
-  case Opcode::name:                                                            \
-    if constexpr (!IsHot(Opcode::name)) Execute<Opcode::name>(v, b, c, p0, p1); \
-    break;
+  static __device__ __forceinline__ void Dispatch(const Decoded& step, Values& v, Values& b,
+                                                  Values& c) {
+    const float p0 = step.p0(), p1 = step.p1();
+    switch (step.code()) {
+#define FXFUSE_OP(name, arity, params)             \
+  case static_cast<int>(Opcode::name):             \
+    return Execute<Opcode::name>(v, b, c, p0, p1);
 #include "opcodes.def"
 #undef FXFUSE_OP
-      default:
-        break;
+#define FXFUSE_GROUP_OP(name, arity, params) case static_cast<int>(Opcode::name):
+#include "group_opcodes.def"
+#undef FXFUSE_GROUP_OP
+      if constexpr (kGroups) {
+        GroupOps<Fragment>::Run(static_cast<Opcode>(step.code()), v, b, p0, p1);
+      }
+      return;
+      case kKeepThird:
+        return Copy(b, c);
     }
   }
 

@@ -88,16 +88,11 @@ struct LeadingRow {
   // `inside`: all columns of the warp's tile are.
   __device__ __forceinline__ LeadingRow(const DeviceProgram& program, uint32_t column,
                                         bool inside) {
-    const fxfuse_instruction& add = program.instruction[0];
-    const DeviceOperand& operand = program.operand[add.index[1]];
-    found = inside && program.instruction_count > 0 &&
-            add.opcode == static_cast<uint16_t>(Opcode::add) &&
-            add.source[0] == FXFUSE_FROM_PREVIOUS && add.source[1] == FXFUSE_FROM_OPERAND &&
-            add.save < 0 && add.store < 0 && operand.access == Access::kVector &&
-            operand.row_stride == 0;
+    found = inside && program.leading_row != kNoOperand;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) value[j] = -0.0f;
     if (found) {
+      const DeviceOperand& operand = program.operand[program.leading_row];
       const int64_t offset[1] = {column};
       LoadVectors<kWidth, 1>(operand.data, operand.dtype, offset, value);
     }
