@@ -1,9 +1,10 @@
-"""What every test of a fused model checks: shapes, dtypes, and the error contract."""
+"""What every test of a fused model checks: shapes, dtypes, and the error contract, of what it
+returns and of its gradients."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,3 +89,34 @@ def same_pattern(fused: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) 
     same = pattern(fused) == pattern(eager)
     same |= pattern(fused) == pattern(truth.to(eager.dtype))
     assert same.all(), (fused[~same], eager[~same])
+
+
+def gradients_of(
+    function: Callable[..., Any], tensors: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Gradients of a function's outputs, with `seeds` coming in, for the tensors that want one."""
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, s.to(o)) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+    wanted = [t for t in tensors if t.requires_grad]
+    given, incoming = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(given, wanted, incoming, allow_unused=True))
+
+
+def no_worse(ours: Any, eagers: Any, truths: Any, what: object = None) -> None:
+    """Each gradient is as close to float64's as eager's is, or within half a rounding; one number
+    by itself, in which both have their luck, within two."""
+    for number, (a, b, t) in enumerate(zip(ours, eagers, truths, strict=True)):
+        if b is None or t is None:
+            assert a is None or not a.any(), (what, number)
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), (what, number)
+        of_ours, of_eager, size = errors(a, b, t)
+        roundings = 0.5 if a.numel() > 1 else 2
+        slack = roundings * torch.finfo(b.dtype).eps * size + 1e-30
+        assert of_ours <= 1.05 * of_eager + slack, (what, number, of_ours, of_eager, size)
+
+
+def doubled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies in float64 that want a gradient where the originals do."""
+    return [as_double(t.detach()).requires_grad_(t.requires_grad) for t in tensors]

@@ -1,4 +1,4 @@
-"""Random programs, and values to run them on."""
+"""Which ops are pointwise, random programs of them, and values to run those on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import random
 
 import torch
 
-from fxfuse.ops import COMPARISONS, OPS
+from fxfuse.ops import COMPARISONS, GROUP_OPS, KERNEL_OPS, OPS
 from fxfuse.program import ACC, Arg, Builder, Kind, Program, Value, adds_truth_values, kinds_of
 
+# Ops whose results depend on the same element of their arguments alone, of the table and of the
+# kernels: what is checked element by element, or on columns of any number.
+POINTWISE_OPS = tuple(name for name in OPS if name not in GROUP_OPS)
+POINTWISE_KERNEL_OPS = tuple(name for name in KERNEL_OPS if name not in GROUP_OPS)
 SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.25, 2.5, -3.5, 30.0, -30.0)
 OPERANDS = [
     torch.tensor(0.75),
@@ -19,7 +23,7 @@ OPERANDS = [
 _SKIPPED = frozenset({"view", "dropout", "like", "prelu", "cast_f16", "cast_bf16"})
 # Of 0.0 and -0.0 these make quite different numbers, and relu may return either.
 _SKIPPED_POLES = frozenset({"reciprocal", "rsqrt", "div", "pow"})
-_NAMES = sorted(set(OPS) - _SKIPPED - _SKIPPED_POLES)
+_NAMES = sorted(set(POINTWISE_OPS) - _SKIPPED - _SKIPPED_POLES)
 _NUMBERS = (0.0, -0.0, 1.0, 2.0, 0.5, -1.5)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_programs import POINTWISE_KERNEL_OPS
 from torch import nn
 
 import fxfuse
 from fxfuse import fused, library, recipes, reference
 from fxfuse.fused import forced_route, fused_linear, fused_pointwise
-from fxfuse.ops import COMPARISONS, KERNEL_OPS, OPS
+from fxfuse.ops import COMPARISONS, OPS
 from fxfuse.program import parse
 
 pytestmark = [
@@ -75,7 +76,7 @@ def one_op(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KERNEL_OPS)
+@pytest.mark.parametrize("name", POINTWISE_KERNEL_OPS)
 def test_every_op(name, dtype):
     program = one_op(name)
     values = torch.tensor(SPECIAL, device="cuda")

@@ -18,8 +18,10 @@ from helpers_abi import (
     path,
     slot,
 )
+from helpers_programs import POINTWISE_KERNEL_OPS
 
 from fxfuse.library import ProblemStruct
+from fxfuse.lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, MAX_SLOTS
 from fxfuse.ops import KERNEL_OPS, OPS
 
 pytestmark = pytest.mark.skipif(not path().exists(), reason=f"{path()} is not built")
@@ -88,7 +90,7 @@ def test_the_library_and_the_table_of_ops_agree(cpu):
     assert b"baseline" in cpu.handle.fxfuse_build_info()
 
 
-@pytest.mark.parametrize("name", KERNEL_OPS)
+@pytest.mark.parametrize("name", POINTWISE_KERNEL_OPS)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
 def test_op_is_as_accurate_as_eager(on_isa, name, scale):
     torch.manual_seed(0)
@@ -112,7 +114,7 @@ def agree(got: torch.Tensor, want: torch.Tensor, slack: torch.Tensor) -> torch.T
     return same | finite & ((got - want).abs() <= slack + 3e-6 * want.abs())
 
 
-@pytest.mark.parametrize("name", KERNEL_OPS)
+@pytest.mark.parametrize("name", POINTWISE_KERNEL_OPS)
 def test_special_values_are_torchs(on_isa, name):
     arity = OPS[name].arity
     # lerp's steps overflow where its result does not, and which of them do depends on fused sums.
@@ -296,10 +298,18 @@ BAD = {
     "input_dtype=3, expected f32": lambda p, g, i, a: setattr(p, "input_dtype", 3),
     "has_gemm=1, expected 0": lambda p, g, i, a: setattr(p, "has_gemm", 1),
     "route=9, expected 0 to 4": lambda p, g, i, a: setattr(p, "route", 9),
-    "instruction_count=0, expected 1 to 32": lambda p, g, i, a: setattr(g, "instruction_count", 0),
-    "operand_count=9, expected 0 to 8": lambda p, g, i, a: setattr(g, "operand_count", 9),
-    "output_count=5, expected 1 to 4": lambda p, g, i, a: setattr(g, "output_count", 5),
-    "slot_count=5, expected 0 to 4": lambda p, g, i, a: setattr(g, "slot_count", 5),
+    f"instruction_count=0, expected 1 to {MAX_INSTRUCTIONS}": lambda p, g, i, a: setattr(
+        g, "instruction_count", 0
+    ),
+    f"operand_count={MAX_OPERANDS + 1}, expected 0 to {MAX_OPERANDS}": lambda p, g, i, a: setattr(
+        g, "operand_count", MAX_OPERANDS + 1
+    ),
+    f"output_count={MAX_OUTPUTS + 1}, expected 1 to {MAX_OUTPUTS}": lambda p, g, i, a: setattr(
+        g, "output_count", MAX_OUTPUTS + 1
+    ),
+    f"slot_count={MAX_SLOTS + 1}, expected 0 to {MAX_SLOTS}": lambda p, g, i, a: setattr(
+        g, "slot_count", MAX_SLOTS + 1
+    ),
     "instruction[1].opcode=999": lambda p, g, i, a: setattr(i[1], "opcode", 999),
     "instruction[0].arity=1, expected 2 for add": lambda p, g, i, a: setattr(i[0], "arity", 1),
     "instruction[1].save=2, expected -1": lambda p, g, i, a: setattr(i[1], "save", 2),

@@ -10,7 +10,15 @@ from helpers_programs import OPERANDS, accumulator, random_program
 
 from fxfuse import reference
 from fxfuse.errors import ProgramError
-from fxfuse.lower import MAX_INSTRUCTIONS, MAX_SLOTS, Source, Step, lower
+from fxfuse.lower import (
+    MAX_INSTRUCTIONS,
+    MAX_OPERANDS,
+    MAX_OUTPUTS,
+    MAX_SLOTS,
+    Source,
+    Step,
+    lower,
+)
 from fxfuse.ops import KERNEL_OPS, OPS
 from fxfuse.program import parse
 from fxfuse.simplify import simplify
@@ -121,23 +129,30 @@ def test_hardtanh_is_a_clamp() -> None:
     assert (step.op, step.immediates) == ("clamp", (-1.0, 2.0))
 
 
+def chained(count: int, op: str) -> str:
+    """Instructions t1 to t{count}, each of the one before; `op` is formatted with its number."""
+    return "; ".join(f"t{i + 1} = {op.format(f't{i}' if i else 'acc', i)}" for i in range(count))
+
+
+def alive_at_once(count: int) -> str:
+    """`count` values of which none is read before all are computed."""
+    made = [f"t{i} = mul acc, {i + 0.5}" for i in range(1, count + 1)]
+    read = [f"t{count + i} = add t{count + i - 1}, t{i}" for i in range(1, count)]
+    return "; ".join([*made, *read, f"store t{2 * count - 1}"])
+
+
 LIMITS = {
-    "33 instructions, a kernel holds at most 32": "; ".join(
-        f"t{i} = sin {'acc' if i == 1 else f't{i - 1}'}" for i in range(1, MAX_INSTRUCTIONS + 2)
-    )
-    + f"; store t{MAX_INSTRUCTIONS + 1}",
-    "9 operands, a kernel holds at most 8": "; ".join(
-        f"t{i + 1} = add {f't{i}' if i else 'acc'}, ${i}" for i in range(9)
-    )
-    + "; store t9",
-    "5 outputs, a kernel holds at most 4": (
-        "t1 = sin acc; t2 = cos acc; t3 = exp acc; t4 = tanh acc; store acc, t1, t2, t3, t4"
+    f"{MAX_INSTRUCTIONS + 1} instructions, a kernel holds at most {MAX_INSTRUCTIONS}": (
+        chained(MAX_INSTRUCTIONS + 1, "sin {0}") + f"; store t{MAX_INSTRUCTIONS + 1}"
     ),
-    "more than 4 intermediate values are alive at once": (
-        "t1 = sin acc; t2 = cos acc; t3 = exp acc; t4 = tanh acc; t5 = abs acc; t6 = neg acc; "
-        "t7 = add t1, t2; t8 = add t3, t4; t9 = add t5, t6; t10 = add t7, t8; t11 = add t10, t9; "
-        "store t11"
+    f"{MAX_OPERANDS + 1} operands, a kernel holds at most {MAX_OPERANDS}": (
+        chained(MAX_OPERANDS + 1, "add {0}, ${1}") + f"; store t{MAX_OPERANDS + 1}"
     ),
+    f"{MAX_OUTPUTS + 1} outputs, a kernel holds at most {MAX_OUTPUTS}": (
+        chained(MAX_OUTPUTS, "sin {0}")
+        + f"; store acc, {', '.join(f't{i + 1}' for i in range(MAX_OUTPUTS))}"
+    ),
+    f"more than {MAX_SLOTS} intermediate values are alive at once": alive_at_once(MAX_SLOTS + 2),
 }
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxfuse
+from fxfuse.lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS
 
 N = 8
 
@@ -354,18 +355,19 @@ def test_linear_with_a_forward_of_its_own_is_not_read_as_one() -> None:
 def test_long_chain_is_cut_and_both_parts_are_right() -> None:
     def call(m: Any, x: Any) -> Any:
         h = m.a(x)
-        for _ in range(20):
+        for _ in range(MAX_INSTRUCTIONS // 2 + 4):
             h = (h * 0.9).sin()
         return h
 
     report = check(Model(call), rows(4))
     assert len(report.groups) == 1
-    assert len(report.groups[0].chain) == 32
-    assert "33 instructions, a kernel holds at most 32" in report.groups[0].bounds[0]
+    assert len(report.groups[0].chain) == MAX_INSTRUCTIONS
+    limit = f"{MAX_INSTRUCTIONS + 1} instructions, a kernel holds at most {MAX_INSTRUCTIONS}"
+    assert limit in report.groups[0].bounds[0]
 
 
 def test_too_many_operands_cut_the_group() -> None:
-    operands = nn.ParameterList(torch.randn(N) for _ in range(10))
+    operands = nn.ParameterList(torch.randn(N) for _ in range(MAX_OPERANDS + 2))
 
     def call(m: Any, x: Any) -> Any:
         h = m.a(x)
@@ -373,17 +375,19 @@ def test_too_many_operands_cut_the_group() -> None:
             h = h + operand
         return h
 
-    report = check(Model(call, operands=operands), rows(4), chains=[" -> ".join(["add"] * 8)])
-    assert "9 operands, a kernel holds at most 8" in report.groups[0].bounds[0]
+    chains = [" -> ".join(["add"] * MAX_OPERANDS)]
+    report = check(Model(call, operands=operands), rows(4), chains=chains)
+    limit = f"{MAX_OPERANDS + 1} operands, a kernel holds at most {MAX_OPERANDS}"
+    assert limit in report.groups[0].bounds[0]
 
 
 def test_too_many_outputs_cut_the_group() -> None:
     def call(m: Any, x: Any) -> Any:
         h = m.a(x)
-        return h.exp(), h.sin(), h.cos(), h.tanh(), h.abs()
+        return tuple((h * (i + 0.5)).sin() for i in range(MAX_OUTPUTS + 1))
 
     report = check(Model(call), rows(4))
-    assert report.groups[0].stores <= 4
+    assert report.groups[0].stores <= MAX_OUTPUTS
 
 
 def test_groups_whose_results_cross_come_in_an_order_that_works() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers_abi import path
 from helpers_numerics import errors
-from helpers_programs import random_program
+from helpers_programs import POINTWISE_OPS, random_program
 from helpers_vjp import Fused, Tensors, by_autograd, gradients, one_op, variables
 
 import fxfuse
@@ -21,7 +21,7 @@ from fxfuse import cli, reference
 from fxfuse.derivatives import DERIVATIVES
 from fxfuse.errors import ProgramError
 from fxfuse.fused import fused_pointwise, routes_taken
-from fxfuse.lower import lower
+from fxfuse.lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, lower
 from fxfuse.ops import COMPARISONS, OPS
 from fxfuse.program import ACC, Operand, Program, Value, parse
 from fxfuse.schedule import schedule
@@ -42,7 +42,7 @@ NAN, INF = math.nan, math.inf
 POSITIVE = {"log", "log2", "log10", "log1p", "sqrt", "rsqrt", "pow"}
 SECOND_ORDER = {"gelu_grad", "gelu_tanh_grad", "silu_grad"}
 CASTS = {"cast_f32", "cast_f16", "cast_bf16"}
-POINTWISE = sorted(set(OPS) - {"view", "dropout", "like"} - COMPARISONS)
+POINTWISE = sorted(set(POINTWISE_OPS) - {"view", "dropout", "like"} - COMPARISONS)
 SPECIALS = [NAN, INF, -INF, 0.0, -0.0]
 # And where a formula changes, for the parameters of helpers_vjp.
 KINKS = [1.0, -1.0, 0.5, 3.0, -3.0, 6.0, 0.4, -0.4, 0.1, 2.0, 25.0, -25.0]
@@ -473,14 +473,22 @@ def _products(count: int) -> str:
     return "; ".join([*lines, f"store t{count}"])
 
 
+# The gradient of a mish takes more than six instructions, its value one.
+_MISHES = MAX_INSTRUCTIONS // 6
 REFUSED = {
-    "more than 32 instructions": (
-        "; ".join(f"t{i} = mish {f't{i - 1}' if i > 1 else 'acc'}" for i in range(1, 6))
-        + "; store t5",
-        r"program: \d+ instructions, a kernel holds at most 32",
+    "too many instructions": (
+        "; ".join(f"t{i + 1} = mish {f't{i}' if i else 'acc'}" for i in range(_MISHES))
+        + f"; store t{_MISHES}",
+        rf"program: \d+ instructions, a kernel holds at most {MAX_INSTRUCTIONS}",
     ),
-    "more than 8 operands": (_products(8), "program: 9 operands, a kernel holds at most 8"),
-    "more than 4 outputs": (_products(5), "program: 6 outputs, a kernel holds at most 4"),
+    "too many operands": (
+        _products(MAX_OPERANDS),
+        f"program: {MAX_OPERANDS + 1} operands, a kernel holds at most {MAX_OPERANDS}",
+    ),
+    "too many outputs": (
+        _products(MAX_OUTPUTS + 1),
+        f"program: {MAX_OUTPUTS + 2} outputs, a kernel holds at most {MAX_OUTPUTS}",
+    ),
 }
 
 
