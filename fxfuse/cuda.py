@@ -64,7 +64,10 @@ def cuda_recipe(
     refusal = _initialised(lib, device)
     if refusal is not None:
         raise NoKernel(refusal)
-    route = "cublas" if call.weight is None else _choose(call, result, device)
+    double = library.in_double(result.acc_dtype, layouts, result.dtypes)
+    if double and call.weight is not None and FORCED and FORCED[-1] != "cublas":
+        raise NoKernel("products of calls in float64 are torch's")
+    route = "cublas" if call.weight is None or double else _choose(call, result, device)
     if route in _PLANES:
         return _planes_recipe(call, result, lib, layouts, fixes, route)
     if route == "cublas":
@@ -84,7 +87,8 @@ def _pointwise_recipe(
     problem = pointwise_problem(call, result, lib, layouts, "pointwise")
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     route = "pointwise" if call.weight is None else "cublas"
-    return Recipe(route, None, pointwise_run(call, result, fixes, lib, problem, launch))
+    run = pointwise_run(call, result, layouts, fixes, lib, problem, launch)
+    return Recipe(route, None, run)
 
 
 def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:

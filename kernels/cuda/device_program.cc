@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common.h"
 #include "pointwise.h"
 
 namespace fxfuse {
@@ -12,7 +13,10 @@ namespace {
 
 constexpr int64_t kIndexLimit = INT32_MAX;
 
-int DtypeBytes(int dtype) { return dtype == FXFUSE_F32 ? 4 : (dtype == FXFUSE_BOOL ? 1 : 2); }
+int DtypeBytes(int dtype) {
+  if (dtype == FXFUSE_F64) return 8;
+  return dtype == FXFUSE_F32 ? 4 : (dtype == FXFUSE_BOOL ? 1 : 2);
+}
 
 DeviceOperand TranslateOperand(const fxfuse_operand& operand, const void* data, int64_t rows) {
   DeviceOperand device = {};
@@ -23,7 +27,7 @@ DeviceOperand TranslateOperand(const fxfuse_operand& operand, const void* data, 
   device.period = static_cast<uint32_t>(std::min(operand.period, kIndexLimit));
   device.dtype = static_cast<uint8_t>(operand.dtype);
   device.periodic = operand.row_stride != 0 && (operand.repeat > 1 || operand.period < rows);
-  // Eight elements are one load of 8 bytes (bool), one of 16 or two of 16 (fp32).
+  // Eight elements are one load of 8 bytes (bool), one of 16 or more of 16 (fp32, fp64).
   const int bytes = operand.dtype == FXFUSE_BOOL ? 8 : 16;
   if (operand.column_stride == 0) {
     device.access = Access::kBroadcast;
@@ -240,6 +244,13 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
   TranslateChain(device);
 }
 
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device) {
+  TranslateProgram(problem, pointers, static_cast<DeviceProgram*>(device));
+  // Without a GEMM there is no bias, so the problem's instructions are the device's.
+  memcpy(device->immediate, problem.program.immediate_f64,
+         problem.program.instruction_count * sizeof(device->immediate[0]));
+}
+
 int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
   static void* const kNone[FXFUSE_PTR_COUNT] = {};
   DeviceProgram program;
@@ -248,6 +259,7 @@ int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
 }
 
 MathLevel RequiredMath(const fxfuse_problem& problem) {
+  if (IsDouble(problem)) return MathLevel::kDouble;
   MathLevel level = MathLevel::kFast;
   for (int i = 0; i < problem.program.output_count; ++i) {
     const int dtype = problem.program.output[i].dtype;

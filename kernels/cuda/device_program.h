@@ -101,13 +101,20 @@ static_assert(sizeof(DeviceProgram) <= 3072, "leave room for the GEMM's own para
 // How exact the epilogue's arithmetic must be, by the outputs' rounding; a higher level serves
 // wherever a lower one does.
 enum class MathLevel : uint8_t {
-  kFast,  // every output is bf16
-  kHalf,  // outputs are bf16 or fp16
-  kExact  // some output is fp32
+  kFast,   // every output is bf16
+  kHalf,   // outputs are bf16 or fp16
+  kExact,  // some output is fp32
+  kDouble  // some tensor is fp64; of the pointwise kernel alone
+};
+
+// A program as the kernel in double precision takes it.
+struct DoubleProgram : DeviceProgram {
+  double immediate[kMaxDeviceInstructions][2];  // of each instruction, in place of its own
 };
 
 // Fills `device` from a validated problem.
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device);
 
 // The dtype of the chain that the program is, at these addresses or, without any, at aligned ones;
 // kNoChain where it is none.

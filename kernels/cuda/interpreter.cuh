@@ -76,6 +76,34 @@ class Decoded {
   uint32_t word_[5];
 };
 
+// The same in double precision, with immediates out of their table.
+class DecodedDouble : public Decoded {
+ public:
+  __device__ __forceinline__ DecodedDouble(const DoubleProgram& program, int i)
+      : Decoded(program, i) {
+    i = min(i, kMaxDeviceInstructions - 1);
+    immediate_[0] = program.immediate[i][0], immediate_[1] = program.immediate[i][1];
+  }
+  __device__ __forceinline__ double immediate(int i) const {
+    return i == 0 ? immediate_[0] : immediate_[1];
+  }
+
+ private:
+  double immediate_[2];
+};
+
+// What is interpreted over values of a type.
+template <class Value>
+struct ProgramOver {
+  using Program = DeviceProgram;
+  using Instruction = Decoded;
+};
+template <>
+struct ProgramOver<double> {
+  using Program = DoubleProgram;
+  using Instruction = DecodedDouble;
+};
+
 // In place of sums, for kernels whose problems have none.
 struct NoSums {};
 
@@ -84,18 +112,21 @@ template <class Fragment, class Math, class Sums = NoSums>
 struct Interpreter {
   static constexpr int kSize = Fragment::kSize;
   static constexpr bool kSums = !std::is_same<Sums, NoSums>::value;
-  using Values = float[kSize];
+  using Value = typename Math::Value;
+  using Values = Value[kSize];
+  using Program = typename ProgramOver<Value>::Program;
+  using Instruction = typename ProgramOver<Value>::Instruction;
 
   // Leaves the program's last value in `v`, beginning at instruction `first`.
-  static __device__ __forceinline__ void Run(const DeviceProgram& program, const Fragment& at,
-                                             Values& v, int first = 0, Sums sums = {}) {
+  static __device__ __forceinline__ void Run(const Program& program, const Fragment& at, Values& v,
+                                             int first = 0, Sums sums = {}) {
     Slots slot;
     Values b = {};
-    Decoded next(program, first);
+    Instruction next(program, first);
 #pragma unroll 1
     for (int i = first; i < program.instruction_count; ++i) {
-      const Decoded instruction = next;
-      next = Decoded(program, i + 1);
+      const Instruction instruction = next;
+      next = Instruction(program, i + 1);
       Gather(program, instruction, at, slot, v, b);
       Dispatch(instruction, v, b, slot[kThird]);
       if (instruction.save() >= 0) {
@@ -118,13 +149,13 @@ struct Interpreter {
   // Indexed at run time, hence in local memory; rarely used. The one past the last holds the third
   // argument of an instruction: too rare for registers.
   static constexpr int kThird = FXFUSE_MAX_SLOTS;
-  using Slots = float[FXFUSE_MAX_SLOTS + 1][kSize];
+  using Slots = Value[FXFUSE_MAX_SLOTS + 1][kSize];
 
   // Puts the arguments where Dispatch wants them: the first in `v`, the second in `b`, the third in
   // slot[kThird]. Not unrolled: one copy of the fetching code, into `b`, serves all three. The
   // second is fetched last, and `v` gives way to the first only when no one else asks for it.
-  static __device__ __forceinline__ void Gather(const DeviceProgram& program,
-                                                const Decoded& instruction, const Fragment& at,
+  static __device__ __forceinline__ void Gather(const Program& program,
+                                                const Instruction& instruction, const Fragment& at,
                                                 Slots& slot, Values& v, Values& b) {
     const int arity = instruction.arity();
     if (arity == 1 && instruction.source(0) == FXFUSE_FROM_PREVIOUS) return;
@@ -137,7 +168,7 @@ struct Interpreter {
       if (source == FXFUSE_FROM_OPERAND) {
         Load(program, program.operand[index], at, b);
       } else if (source == FXFUSE_FROM_IMMEDIATE) {
-        const float immediate = instruction.immediate(index);
+        const Value immediate = instruction.immediate(index);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) b[j] = immediate;
       } else if (source == FXFUSE_FROM_SLOT) {
@@ -154,7 +185,7 @@ struct Interpreter {
       } else if (argument == 0) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          const float previous = v[j];
+          const Value previous = v[j];
           v[j] = b[j];
           b[j] = previous;
         }
@@ -163,10 +194,10 @@ struct Interpreter {
     }
   }
 
-  static __device__ __forceinline__ void Dispatch(const Decoded& instruction, Values& v, Values& b,
-                                                  const Values& c) {
-    const float p0 = instruction.immediate(0);
-    const float p1 = instruction.immediate(1);
+  static __device__ __forceinline__ void Dispatch(const Instruction& instruction, Values& v,
+                                                  Values& b, const Values& c) {
+    const Value p0 = instruction.immediate(0);
+    const Value p1 = instruction.immediate(1);
     const Opcode opcode = instruction.opcode();
 #define FXFUSE_HOT(name) \
   if (opcode == Opcode::name) return Execute<Opcode::name>(v, b, c, p0, p1);
@@ -183,17 +214,20 @@ struct Interpreter {
   }
 
   template <Opcode op>
-  static __device__ __forceinline__ void Execute(Values& v, Values& b, const Values& c, float p0,
-                                                 float p1) {
+  static __device__ __forceinline__ void Execute(Values& v, Values& b, const Values& c, Value p0,
+                                                 Value p1) {
     constexpr int kArguments = kArity[static_cast<int>(op)];
-    constexpr int kStep =
-        IsHot(op) || kArguments == 3 ? kSize : (IsCompact(op) ? 4 : (kSize < 16 ? kSize : 16));
+    constexpr int kStep = std::is_same<Value, double>::value && kArguments < 3
+                              ? (IsCompact(op) ? 1 : 2)  // functions of doubles are long
+                          : IsHot(op) || kArguments == 3
+                              ? kSize
+                              : (IsCompact(op) ? 4 : (kSize < 16 ? kSize : 16));
     static_assert(kSize % kStep == 0, "the loop below takes whole steps");
     // Registers cannot be indexed, so the fragment turns past a fixed window instead: after a full
     // turn every element is back in its place.
 #pragma unroll 1
     for (int i = 0; i < kSize; i += kStep) {
-      float result[kStep];
+      Value result[kStep];
 #pragma unroll
       for (int j = 0; j < kStep; ++j) result[j] = Apply<Math, op>(v[j], b[j], c[j], p0, p1);
       Turn<kStep>(v);
@@ -205,7 +239,7 @@ struct Interpreter {
 
   template <int kStep>
   static __device__ __forceinline__ void Turn(Values& x) {
-    float head[kStep];
+    Value head[kStep];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) head[j] = x[j];
 #pragma unroll
@@ -234,7 +268,7 @@ struct Interpreter {
       int64_t offset[kBlocks];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) offset[b] = ReadColumn(program, at, b * kRows);
-      float row[kWidth * kBlocks];
+      Value row[kWidth * kBlocks];
       LoadVectors<kWidth, kBlocks>(operand.data, operand.dtype, offset, row);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) t[j] = row[j / (kWidth * kRows) * kWidth + j % kWidth];
@@ -249,7 +283,7 @@ struct Interpreter {
       int64_t offset[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) offset[r] = OperandRow(program, operand, at.Row(r));
-      float value[kRows];
+      Value value[kRows];
       LoadElements<kRows>(operand.data, operand.dtype, offset, value);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth % kRows];
@@ -262,7 +296,7 @@ struct Interpreter {
         for (int j = 0; j < kWidth; ++j) {
           offset[j] = row + min(at.Column(g) + j, program.columns - 1) * operand.column_stride;
         }
-        float value[kWidth];
+        Value value[kWidth];
         LoadElements<kWidth>(operand.data, operand.dtype, offset, value);
         Turn<kWidth>(t);
 #pragma unroll
