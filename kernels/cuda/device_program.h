@@ -134,13 +134,21 @@ static_assert(sizeof(DeviceProgram) <= 3072, "leave room for the GEMM's own para
 // How exact the epilogue's arithmetic must be, by the outputs' rounding; a higher level serves
 // wherever a lower one does.
 enum class MathLevel : uint8_t {
-  kFast,  // every output is bf16
-  kHalf,  // outputs are bf16 or fp16
-  kExact  // some output is fp32
+  kFast,   // every output is bf16
+  kHalf,   // outputs are bf16 or fp16
+  kExact,  // some output is fp32
+  kDouble  // some tensor is fp64; of the pointwise kernel alone
+};
+
+// A program as the kernel in double precision takes it: a step's p0 is, as a bit pattern, the place
+// of what it is and of p1 after it.
+struct DoubleProgram : DeviceProgram {
+  double constant[2 * FXFUSE_MAX_INSTRUCTIONS + 1];
 };
 
 // Fills `device` from a validated problem.
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device);
 
 // The dtype of the chain that the program is, at these addresses or, without any, at aligned ones;
 // kNoChain where it is none.

@@ -43,10 +43,14 @@ fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int
               static_cast<long long>(value), static_cast<long long>(limit));
 }
 
-fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
-                              void* const* pointers, const Device& device,
-                              const PointwiseKernel& kernel, void* stream) {
-  PointwiseArguments arguments;
+namespace {
+
+// LaunchPointwise for a kernel that takes such arguments.
+template <class Arguments>
+fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& problem,
+                                  void* const* pointers, const Device& device,
+                                  const PointwiseKernel& kernel, void* stream) {
+  Arguments arguments;
   arguments.accumulator = pointers[FXFUSE_PTR_A];
   arguments.row_stride = problem.lda;
   arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
@@ -70,6 +74,16 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
   const int64_t resident = device.pointwise_blocks[static_cast<int>(kernel.math)];
   return Launch(call, kernel.name, kernel.function, all < resident ? all : resident,
                 kPointwiseThreads, 0, &arguments, stream);
+}
+
+}  // namespace
+
+fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
+                              void* const* pointers, const Device& device,
+                              const PointwiseKernel& kernel, void* stream) {
+  const auto launch = kernel.math == MathLevel::kDouble ? LaunchPointwiseWith<DoubleArguments>
+                                                        : LaunchPointwiseWith<PointwiseArguments>;
+  return launch(call, problem, pointers, device, kernel, stream);
 }
 
 void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,

@@ -3,13 +3,16 @@
 #ifndef FXFUSE_CUDA_POINTWISE_KERNEL_H_
 #define FXFUSE_CUDA_POINTWISE_KERNEL_H_
 
+#include <stddef.h>
+
 #include "device_program.h"
 
 namespace fxfuse {
 
 constexpr int kPointwiseThreads = 256;
 
-struct PointwiseArguments {
+template <class Program>
+struct PointwiseArgumentsOf {
   const void* accumulator;
   int64_t row_stride;      // in elements
   uint8_t dtype;           // fxfuse_dtype
@@ -19,9 +22,11 @@ struct PointwiseArguments {
   uint32_t column_blocks;  // blocks side by side in a row
   uint32_t row_blocks;     // blocks below each other
   uint32_t strip_blocks;   // of those below each other, how many one block takes; with sums only
-  DeviceProgram program;
+  Program program;
 };
-static_assert(sizeof(PointwiseArguments) <= 4096, "the limit of kernel parameters");
+using PointwiseArguments = PointwiseArgumentsOf<DeviceProgram>;
+using DoubleArguments = PointwiseArgumentsOf<DoubleProgram>;  // of the kernel in double precision
+static_assert(sizeof(DoubleArguments) <= 4096, "the limit of kernel parameters");
 
 // A compiled kernel, one per math level. A thread takes `groups` rows of `width` columns. `sums`
 // serves problems with summed outputs.
@@ -35,8 +40,11 @@ struct PointwiseKernel {
 };
 
 // In the order of MathLevel.
-constexpr int kPointwiseKernels = 3;
+constexpr int kPointwiseKernels = 4;
 const PointwiseKernel& PointwiseKernelFor(MathLevel math);
+// Those of pointwise_f32.cu, in that order, and that of pointwise_f64.cu.
+const PointwiseKernel* PointwiseF32();
+const PointwiseKernel& PointwiseF64();
 
 // The division of an m x n matrix among blocks.
 struct PointwiseGrid {
@@ -56,7 +64,8 @@ PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
 
 // Shared memory of a block with sums, for each output.
 constexpr int SumBytes(const PointwiseKernel& kernel) {
-  return kPointwiseThreads * kernel.width * static_cast<int>(sizeof(float));
+  const size_t size = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
+  return kPointwiseThreads * kernel.width * static_cast<int>(size);
 }
 
 }  // namespace fxfuse

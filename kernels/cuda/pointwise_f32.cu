@@ -1,0 +1,17 @@
+// The pointwise kernels of fp32 arithmetic.
+
+#include "math_device.cuh"
+#include "pointwise_kernel.cuh"
+
+namespace fxfuse {
+
+const PointwiseKernel* PointwiseF32() {
+  static const PointwiseKernel kernels[] = {
+      Describe<PointwiseConfig<DeviceFastMath, 8, 2, true>>("pointwise_fast", MathLevel::kFast),
+      Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half", MathLevel::kHalf),
+      Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact", MathLevel::kExact),
+  };
+  return kernels;
+}
+
+}  // namespace fxfuse
