@@ -305,6 +305,9 @@ def pointwise_run(
     transposed, held = call.transposed, product_output(call, result)
     reused = in_place_output(result) if call.weight is not None and held is None else None
     reductions = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
+    # Sums over rows lie in one tensor, whose parts torch adds up in one go.
+    by_rows = [i for i, r in reductions.items() if r is Reduction.ROWS]
+    others = {i: r for i, r in reductions.items() if r is not Reduction.ROWS}
     p, q = lib.partials(problem) if reductions else (0, 0)
     m, n = rows_and_columns(result.acc_shape)
     parts = {Reduction.ROWS: (p, n), Reduction.COLUMNS: (m, q), Reduction.ALL: (p, q)}
@@ -336,9 +339,14 @@ def pointwise_run(
         pointers[0] = acc.data_ptr()
         for index, operand in enumerate(operands):
             pointers[POINTER_OPERAND + index] = operand.data_ptr()
+        sums = acc.new_empty((len(by_rows), p, n), dtype=wide) if by_rows else None
         outputs = []
         for place, (index, shape, dtype) in enumerate(stored):
-            out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
+            if index in by_rows:
+                assert sums is not None
+                out = sums[by_rows.index(index)]
+            else:
+                out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
             pointers[POINTER_OUTPUT + place] = out.data_ptr()
             outputs.append(out)
         launch(pointers)
@@ -346,9 +354,16 @@ def pointwise_run(
             outputs.insert(held, acc)
         for index, shape in reshaped.items():
             outputs[index] = outputs[index].view(shape)
-        for index, reduction in reductions.items():
+        for index, reduction in others.items():
             total = reduced(outputs[index], reduction)
             outputs[index] = total.to(result.dtypes[index])
+        if sums is not None:
+            totals = sums.sum(1)
+            for dtype in dict.fromkeys(result.dtypes[i] for i in by_rows):
+                narrow = totals.to(dtype)
+                for place, index in enumerate(by_rows):
+                    if result.dtypes[index] == dtype:
+                        outputs[index] = narrow[place]
         return outputs
 
     return run

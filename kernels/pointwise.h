@@ -184,8 +184,17 @@ struct Pointwise {
   static FXFUSE_HD Value clamp_grad(Value grad, Value x, Value low, Value high) {
     return x >= low && x <= high ? grad : 0.0f;
   }
+  static FXFUSE_HD Value hardtanh_grad(Value grad, Value x, Value low, Value high) {
+    return x <= low || x >= high ? 0.0f : grad;
+  }
   static FXFUSE_HD Value threshold_grad(Value grad, Value x, Value limit) {
     return x <= limit ? 0.0f : grad;
+  }
+  static FXFUSE_HD Value tanh_grad(Value grad, Value result) {
+    return grad * (1.0f - result * result);
+  }
+  static FXFUSE_HD Value sigmoid_grad(Value grad, Value result) {
+    return grad * (1.0f - result) * result;
   }
 
  private:

@@ -33,11 +33,18 @@ class BlockSums {
   __device__ __forceinline__ uint32_t segments() const { return segments_; }
   __device__ __forceinline__ uint32_t parts() const { return parts_; }
 
-  // The block's shared memory: [output][kWidth][kPointwiseThreads].
-  static __device__ __forceinline__ Value& Total(int output, int column, uint32_t thread) {
+  // The block's shared memory: [output][kWidth / 4][kPointwiseThreads][4], so that a thread's
+  // access is one of 16 bytes, beside its neighbours'.
+  struct __align__(16) Quad {
+    Value value[4];
+  };
+  static __device__ __forceinline__ Quad& Totals(int output, int quad, uint32_t thread) {
     extern __shared__ __align__(16) uint8_t shared[];
-    return reinterpret_cast<Value*>(
-        shared)[(output * kWidth + column) * kPointwiseThreads + thread];
+    return reinterpret_cast<Quad*>(
+        shared)[(output * (kWidth / 4) + quad) * kPointwiseThreads + thread];
+  }
+  static __device__ __forceinline__ Value& Total(int output, int column, uint32_t thread) {
+    return Totals(output, column / 4, thread).value[column % 4];
   }
 
   // Called by all threads of a warp at once, those outside the matrix included.
@@ -62,15 +69,28 @@ class BlockSums {
       }
       return;
     }
+    if (at.Column(0) >= program.columns) return;
+    const bool whole = at.Column(0) + kWidth <= program.columns;
+    Value sum[kWidth] = {};
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      Value sum = 0.0f;
+    for (int g = 0; g < Fragment::kGroups; ++g) {
+      if (at.Row(g) >= program.rows) continue;
+      if (whole) {
 #pragma unroll
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        const bool inside = at.Row(g) < program.rows && at.Column(g) + j < program.columns;
-        sum += inside ? v[g * kWidth + j] : 0.0f;
+        for (int j = 0; j < kWidth; ++j) sum[j] += v[g * kWidth + j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          sum[j] += at.Column(g) + j < program.columns ? v[g * kWidth + j] : 0.0f;
+        }
       }
-      Total(index, j, threadIdx.x) += sum;
+    }
+#pragma unroll
+    for (int q = 0; q < kWidth / 4; ++q) {
+      Quad total = Totals(index, q, threadIdx.x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total.value[j] += sum[4 * q + j];
+      Totals(index, q, threadIdx.x) = total;
     }
   }
 
