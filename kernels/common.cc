@@ -14,7 +14,6 @@ thread_local char last_error[kMessageSize] = "";
 const char* const kOpcodeNames[] = {
 #define FXFUSE_OP(name, arity, params) #name,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP

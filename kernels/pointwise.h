@@ -6,7 +6,7 @@
 // composites worth a form of their own. Values are of the policy's type `M::Value`, fp32 or fp64;
 // semantics are PyTorch's, NaN, infinities and thresholds included.
 //
-// Ops over groups of columns are in group_opcodes.def, and are no functors.
+// Ops over groups of columns are no functors.
 //
 // An interpreter needs no list of its own: with FXFUSE_OP(name, arity, params) defined as
 //   case Opcode::name: r = Apply<M, Opcode::name>(a, b, c, p0, p1); break;
@@ -30,24 +30,25 @@ namespace fxfuse {
 enum class Opcode : uint16_t {
 #define FXFUSE_OP(name, arity, params) name,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 
 #define FXFUSE_OP(name, arity, params) +1
-#define FXFUSE_GROUP_OP FXFUSE_OP
 constexpr int kPointwiseOpcodeCount = 0
 #include "opcodes.def"
     ;
-constexpr int kOpcodeCount = kPointwiseOpcodeCount
-#include "group_opcodes.def"
+#define FXFUSE_GROUP_OP FXFUSE_OP
+constexpr int kOpcodeCount = 0
+#include "opcodes.def"
     ;
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 
-// Whether an op is one of group_opcodes.def. Those have no functor: each interpreter adds up as its
+static_assert(static_cast<int>(Opcode::normalize) == kPointwiseOpcodeCount, "groups come last");
+
+// Whether an op is over groups of columns. Those have no functor: each interpreter adds up as its
 // fragments lie.
 FXFUSE_HD constexpr bool IsGroupOp(Opcode op) {
   return static_cast<int>(op) >= kPointwiseOpcodeCount;
@@ -244,7 +245,6 @@ FXFUSE_HD typename M::Value Apply(typename M::Value a, typename M::Value b, type
 constexpr uint8_t kArity[kOpcodeCount] = {
 #define FXFUSE_OP(name, arity, params) arity,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
@@ -252,7 +252,6 @@ constexpr uint8_t kArity[kOpcodeCount] = {
 constexpr uint8_t kParameterCount[kOpcodeCount] = {
 #define FXFUSE_OP(name, arity, params) params,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP

@@ -99,7 +99,7 @@ FXFUSE_HD void RunGroup(float* out, const float* a, const float* b, int width, f
     FXFUSE_SIMD
     for (int i = 0; i < width; ++i) out[i] = x.rstd * (a[i] - mean - normalized(i) * slope);
   } else {
-    static_assert(op == Opcode::group_mean, "the last of group_opcodes.def");
+    static_assert(op == Opcode::group_mean, "the last of them");
     const float mean = Total(width, [&](int i) { return a[i]; }) / count;
     for (int i = 0; i < width; ++i) out[i] = mean;
   }
@@ -226,11 +226,10 @@ void AddTo(double* total, const float* in, int count) {
 extern const IsaKernels kKernels = {FXFUSE_STRING(FXFUSE_ISA),
                                     {
 #define FXFUSE_OP(name, arity, params) Loop<Opcode::name>,
-#include "opcodes.def"
-#undef FXFUSE_OP
 #define FXFUSE_GROUP_OP(name, arity, params) GroupLoop<Opcode::name>,
-#include "group_opcodes.def"
+#include "opcodes.def"
 #undef FXFUSE_GROUP_OP
+#undef FXFUSE_OP
                                     },
                                     {LoadF32, LoadF16, LoadBf16, LoadBool},
                                     {StoreF32, StoreF16, StoreBf16},

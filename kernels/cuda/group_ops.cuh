@@ -1,4 +1,4 @@
-// The ops of group_opcodes.def over a fragment, where lanes side by side have adjacent columns.
+// The ops over groups of columns, on a fragment, where lanes side by side have adjacent columns.
 
 #ifndef FXFUSE_CUDA_GROUP_OPS_CUH_
 #define FXFUSE_CUDA_GROUP_OPS_CUH_

@@ -183,11 +183,10 @@ struct Interpreter {
 #define FXFUSE_OP(name, arity, params) \
   case static_cast<int>(Opcode::name): \
     return Execute<Opcode::name>(v, b, c, p0, p1);
-#include "opcodes.def"
-#undef FXFUSE_OP
 #define FXFUSE_GROUP_OP(name, arity, params) case static_cast<int>(Opcode::name):
-#include "group_opcodes.def"
+#include "opcodes.def"
 #undef FXFUSE_GROUP_OP
+#undef FXFUSE_OP
       if constexpr (kGroups) {
         GroupOps<Fragment, Math>::Run(static_cast<Opcode>(step.code()), v, b, p0, p1);
       }
