@@ -262,40 +262,32 @@ DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code,
 // Fills the steps from the program's instructions.
 void TranslateSteps(const fxfuse_instruction* instructions, int count, const Constants& constants,
                     DeviceProgram* program) {
-  static_assert(kOpcodeCount < kKeepThird, "opcodes fit a step");
-  constexpr int kCopy = static_cast<int>(Opcode::copy);
   DeviceStep* next = program->step;
   for (const fxfuse_instruction* i = instructions; i < instructions + count; ++i) {
+    const auto fetch = [&](int j, int code) { *next++ = Fetch(*i, j, code, constants); };
     const auto is_previous = [&](int j) { return i->source[j] == FXFUSE_FROM_PREVIOUS; };
-    if (i->arity == 3) *next++ = Fetch(*i, 2, kKeepThird, constants);
-    DeviceStep step = {};
-    step.code = static_cast<uint8_t>(i->opcode);
-    if (i->arity == 1) {
-      if (!is_previous(0)) {
-        step = Fetch(*i, 0, i->opcode, constants);
-        step.flags = kTake;
-      }
-    } else if (is_previous(0)) {
-      step = Fetch(*i, 1, i->opcode, constants);
-    } else if (is_previous(1)) {
-      step = Fetch(*i, 0, i->opcode, constants);
-      step.flags = kSwap;
-    } else {
-      *next = Fetch(*i, 0, kCopy, constants);
-      next++->flags = kTake;
-      step = Fetch(*i, 1, i->opcode, constants);
+    if (i->arity == 3) fetch(2, kKeepThird);
+    const bool swapped = i->arity > 1 && is_previous(1) && !is_previous(0);
+    if (!is_previous(0)) fetch(0, swapped ? kSwap : kTake);
+    DeviceStep op = {};
+    if (swapped) {
+      op.second = static_cast<uint8_t>(Second::kSlot);
+      op.index = kSpareSlot;
+    } else if (i->arity > 1) {
+      op = Fetch(*i, 1, i->opcode, constants);
     }
+    op.code = static_cast<uint8_t>(i->opcode);
     if (kParameterCount[i->opcode] > 0) {
-      step.p0 = constants(*i, 0);
-      step.p1 = constants(*i, 1);
+      op.p0 = constants(*i, 0);
+      op.p1 = constants(*i, 1);
     }
-    step.flags |= static_cast<uint8_t>((i->save + 1) | (i->store + 1) << 3);
-    *next++ = step;
+    op.result = static_cast<uint8_t>((i->save + 1) | (i->store + 1) << 3);
+    *next++ = op;
   }
   program->step_count = static_cast<int32_t>(next - program->step);
   program->leading_row = kNoOperand;
   const DeviceStep& first = program->step[0];
-  if (first.code != static_cast<int>(Opcode::add) || first.flags != 0) return;
+  if (first.code != static_cast<int>(Opcode::add) || first.result != 0) return;
   if (first.second != static_cast<uint8_t>(Second::kOperand)) return;
   const DeviceOperand& operand = program->operand[first.index];
   if (operand.access == Access::kVector && operand.row_stride == 0) {

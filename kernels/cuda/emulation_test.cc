@@ -319,7 +319,7 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   const std::vector<In> accumulator = Random<In>(m * stride);
   Case<Out> test(m, n, padding);
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
+      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
   typename Config::Arguments arguments = {};
   arguments.accumulator = accumulator.data();
   arguments.row_stride = stride;
@@ -454,7 +454,7 @@ void TestGroups(int64_t m, int64_t n, int width, int resident) {
     pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
   }
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
+      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
   PointwiseArguments arguments = {};
   arguments.accumulator = x.data();
   arguments.row_stride = n;
@@ -548,7 +548,7 @@ template <class In, int kWidth, int kGroups>
 void TestSums(int64_t m, int64_t n, int resident) {
   using Config = PointwiseConfig<MathFor<In>, kWidth, kGroups, kWidth == 8>;
   using Value = typename Config::Value;
-  const PointwiseKernel kernel = {"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups};
+  const PointwiseKernel kernel = {"", nullptr, MathLevel::kExact, true, kWidth, kGroups};
   const std::vector<In> accumulator = Random<In>(m * n);
   const std::vector<Value> row = Random<Value>(n);
   const PointwiseGrid grid = DividePointwise(kernel, m, n);

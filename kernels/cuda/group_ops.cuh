@@ -60,12 +60,16 @@ class GroupOps {
     return sum;
   }
 
-  // Normalizes the first vector and returns 1 / sqrt(variance + eps). In two passes: what the mean
-  // is does not cost the variance its digits.
+  // Normalizes the first vector and returns 1 / sqrt(variance + eps). The mean is taken twice: of
+  // what the first leaves, the second takes what rounding took, or a constant row would not be
+  // zero.
   static __device__ __forceinline__ Value Normalize(int lanes, Value each, Value eps, Values& x) {
-    const Value mean = each * Sum(lanes, [&](int j) { return x[j]; });
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      const Value mean = each * Sum(lanes, [&](int j) { return x[j]; });
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) x[j] -= mean;
+      for (int j = 0; j < kWidth; ++j) x[j] -= mean;
+    }
     const Value rstd = Math::rsqrt(each * Sum(lanes, [&](int j) { return x[j] * x[j]; }) + eps);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) x[j] *= rstd;

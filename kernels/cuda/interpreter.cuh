@@ -43,14 +43,12 @@ FXFUSE_HD constexpr bool IsCompact(Opcode op) {
 // memory.
 class Decoded {
  public:
-  // `i` may be one past the last.
   __device__ __forceinline__ Decoded(const DeviceProgram& program, int i) {
     static_assert(offsetof(DeviceStep, second) == 1 && offsetof(DeviceStep, index) == 2 &&
-                      offsetof(DeviceStep, flags) == 3 && offsetof(DeviceStep, p0) == 4 &&
+                      offsetof(DeviceStep, result) == 3 && offsetof(DeviceStep, p0) == 4 &&
                       sizeof(DeviceStep) == 12,
                   "the shifts below");
-    const uint32_t* from =
-        reinterpret_cast<const uint32_t*>(&program.step[min(i, kMaxDeviceSteps - 1)]);
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&program.step[i]);
     word_ = from[0];
     p0_ = __uint_as_float(from[1]);
     p1_ = __uint_as_float(from[2]);
@@ -61,7 +59,7 @@ class Decoded {
     return static_cast<Second>(word_ >> 8 & 0xff);
   }
   __device__ __forceinline__ int index() const { return word_ >> 16 & 0xff; }
-  __device__ __forceinline__ int flags() const { return word_ >> 24; }
+  __device__ __forceinline__ int result() const { return word_ >> 24; }
   __device__ __forceinline__ float p0() const { return p0_; }
   __device__ __forceinline__ float p1() const { return p1_; }
 
@@ -117,18 +115,19 @@ struct Interpreter {
   static __device__ __forceinline__ void Run(const Program& program, const Fragment& at, Values& v,
                                              int first = 0, Sums sums = {}) {
     Slots slot;
-    Values b = {};
     Instruction next(program, first);
 #pragma unroll 1
     for (int i = first; i < program.step_count; ++i) {
       const Instruction step = next;
       next = Instruction(program, i + 1);
-      if (step.second() != Second::kNone) Fetch(program, step, at, slot, v, b);
-      Dispatch(step, v, b, slot[kThird]);
-      const int flags = step.flags();
-      if (KeptSlot(flags) > 0) Copy(v, slot[KeptSlot(flags) - 1]);
-      if (StoredOutput(flags) == 0) continue;
-      const int index = StoredOutput(flags) - 1;
+      Values b;  // of no step but this: registers are scarce
+      Fetch(program, step, at, slot, v, b);
+      Dispatch(step, v, b, slot);
+      const int result = step.result();
+      if (result == 0) continue;
+      if (KeptSlot(result) > 0) Copy(v, slot[KeptSlot(result) - 1]);
+      if (StoredOutput(result) == 0) continue;
+      const int index = StoredOutput(result) - 1;
       const DeviceOutput& output = program.output[index];
       if constexpr (kSums) {
         if (output.sum != FXFUSE_SUM_NONE) {
@@ -141,48 +140,41 @@ struct Interpreter {
   }
 
  private:
-  // Indexed at run time, hence in local memory. The one past the last holds the third argument of
-  // an op: too rare for registers.
-  static constexpr int kThird = FXFUSE_MAX_SLOTS;
-  using Slots = Value[FXFUSE_MAX_SLOTS + 1][kSize];
+  // Indexed at run time, hence in local memory.
+  using Slots = Value[kDeviceSlots][kSize];
 
   static __device__ __forceinline__ void Copy(const Values& from, Values& to) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) to[j] = from[j];
   }
 
-  // Fetches a step's second into `b`, and puts both where the op wants them.
+  // Fetches a step's second into `b`.
   static __device__ __forceinline__ void Fetch(const Program& program, const Instruction& step,
-                                               const Fragment& at, const Slots& slot, Values& v,
-                                               Values& b) {
-    const Second second = step.second();
-    if (second == Second::kSlot) {
-      Copy(slot[step.index()], b);
-    } else if (second == Second::kConstant) {
+                                               const Fragment& at, const Slots& slot,
+                                               const Values& v, Values& b) {
+    switch (step.second()) {
+      case Second::kNone:
+        return;
+      case Second::kPrevious:
+        return Copy(v, b);
+      case Second::kConstant:
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) b[j] = step.p0();
-    } else if (second == Second::kOperand) {
-      Load(program, program.operand[step.index()], at, b);
-    } else {
-      Copy(v, b);
-    }
-    if ((step.flags() & (kSwap | kTake)) == 0) return;
-    const bool swap = (step.flags() & kSwap) != 0;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const Value previous = v[j];
-      v[j] = b[j];
-      b[j] = swap ? previous : b[j];
+        for (int j = 0; j < kSize; ++j) b[j] = step.p0();
+        return;
+      case Second::kSlot:
+        return Copy(slot[step.index()], b);
+      case Second::kOperand:
+        return Load(program, program.operand[step.index()], at, b);
     }
   }
 
   static __device__ __forceinline__ void Dispatch(const Instruction& step, Values& v, Values& b,
-                                                  Values& c) {
+                                                  Slots& slot) {
     const Value p0 = step.p0(), p1 = step.p1();
     switch (step.code()) {
 #define FXFUSE_OP(name, arity, params) \
   case static_cast<int>(Opcode::name): \
-    return Execute<Opcode::name>(v, b, c, p0, p1);
+    return Execute<Opcode::name>(v, b, slot[kThirdSlot], p0, p1);
 #define FXFUSE_GROUP_OP(name, arity, params) case static_cast<int>(Opcode::name):
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
@@ -191,8 +183,13 @@ struct Interpreter {
         GroupOps<Fragment, Math>::Run(static_cast<Opcode>(step.code()), v, b, p0, p1);
       }
       return;
+      case kSwap:
+        Copy(v, slot[kSpareSlot]);
+        return Copy(b, v);
+      case kTake:
+        return Copy(b, v);
       case kKeepThird:
-        return Copy(b, c);
+        return Copy(b, slot[kThirdSlot]);
     }
   }
 

@@ -5,11 +5,14 @@
 
 namespace fxfuse {
 
-const PointwiseKernel* PointwiseF32() {
-  static const PointwiseKernel kernels[] = {
-      Describe<PointwiseConfig<DeviceFastMath, 8, 2, true>>("pointwise_fast", MathLevel::kFast),
-      Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half", MathLevel::kHalf),
-      Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact", MathLevel::kExact),
+const PointwisePair* PointwiseF32() {
+  static const PointwisePair kernels[] = {
+      {Describe<PointwiseConfig<DeviceFastMath, 8, 2, true>>("pointwise_fast"),
+       DescribeSums<SumsConfig<DeviceFastMath, 8, 4>>("sums_fast")},
+      {Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half"),
+       DescribeSums<SumsConfig<DeviceHalfMath, 8, 4>>("sums_half")},
+      {Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact"),
+       DescribeSums<SumsConfig<DeviceMath, 4, 4>>("sums_exact")},
   };
   return kernels;
 }

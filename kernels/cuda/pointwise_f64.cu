@@ -5,10 +5,11 @@
 
 namespace fxfuse {
 
-const PointwiseKernel& PointwiseF64() {
-  static const PointwiseKernel kernel =
-      Describe<PointwiseConfig<DeviceDoubleMath, 4, 2, false>>("pointwise_f64", MathLevel::kDouble);
-  return kernel;
+const PointwisePair& PointwiseF64() {
+  static const PointwisePair kernels = {
+      Describe<PointwiseConfig<DeviceDoubleMath, 4, 2, false>>("pointwise_f64"),
+      DescribeSums<SumsConfig<DeviceDoubleMath, 4, 2>>("sums_f64")};
+  return kernels;
 }
 
 }  // namespace fxfuse

@@ -4,8 +4,10 @@
 
 namespace fxfuse {
 
-const PointwiseKernel& PointwiseKernelFor(MathLevel math) {
-  return math == MathLevel::kDouble ? PointwiseF64() : PointwiseF32()[static_cast<int>(math)];
+const PointwiseKernel& PointwiseKernelFor(MathLevel math, bool sums) {
+  const bool is_double = math == MathLevel::kDouble;
+  const PointwisePair& pair = is_double ? PointwiseF64() : PointwiseF32()[static_cast<int>(math)];
+  return pair[sums ? 1 : 0];
 }
 
 PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n) {

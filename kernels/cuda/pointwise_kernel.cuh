@@ -115,6 +115,13 @@ struct PointwiseConfig {
   static constexpr int kBlocksPerSm = 3;
 };
 
+// Gradients are long programs, for which time goes into instructions, not memory: more values a
+// thread, for fewer steps in all, and 128 registers for them.
+template <class Math, int kWidth, int kGroups>
+struct SumsConfig : PointwiseConfig<Math, kWidth, kGroups, false> {
+  static constexpr int kBlocksPerSm = 2;
+};
+
 // A fragment of the accumulator as it lies in memory: 16-bit elements fill half of the words.
 template <class Fragment, class Value>
 class RawFragment {
@@ -339,14 +346,17 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
 }
 
 template <class Config>
-PointwiseKernel Describe(const char* name, MathLevel math) {
+PointwiseKernel Describe(const char* name) {
   using Fragment = typename Config::Fragment;
-  return {name,
-          reinterpret_cast<const void*>(&PointwiseProgram<Config>),
-          reinterpret_cast<const void*>(&PointwiseSums<Config>),
-          math,
-          Fragment::kWidth,
-          Fragment::kGroups};
+  const void* function = reinterpret_cast<const void*>(&PointwiseProgram<Config>);
+  return {name, function, Config::Math::kLevel, false, Fragment::kWidth, Fragment::kGroups};
+}
+
+template <class Config>
+PointwiseKernel DescribeSums(const char* name) {
+  using Fragment = typename Config::Fragment;
+  const void* function = reinterpret_cast<const void*>(&PointwiseSums<Config>);
+  return {name, function, Config::Math::kLevel, true, Fragment::kWidth, Fragment::kGroups};
 }
 
 }  // namespace

@@ -28,23 +28,24 @@ using PointwiseArguments = PointwiseArgumentsOf<DeviceProgram>;
 using DoubleArguments = PointwiseArgumentsOf<DoubleProgram>;  // of the kernel in double precision
 static_assert(sizeof(DoubleArguments) <= 4096, "the limit of kernel parameters");
 
-// A compiled kernel, one per math level. A thread takes `groups` rows of `width` columns. `sums`
-// serves problems with summed outputs.
+// A compiled kernel. A thread takes `groups` rows of `width` columns.
 struct PointwiseKernel {
   const char* name;
   const void* function;
-  const void* sums;
   MathLevel math;
+  bool sums;  // serves problems with summed outputs, else those without
   int8_t width;
   int8_t groups;
 };
 
-// In the order of MathLevel.
-constexpr int kPointwiseKernels = 4;
-const PointwiseKernel& PointwiseKernelFor(MathLevel math);
-// Those of pointwise_f32.cu, in that order, and that of pointwise_f64.cu.
-const PointwiseKernel* PointwiseF32();
-const PointwiseKernel& PointwiseF64();
+// One for each math level, without sums and with them.
+constexpr int kMathLevels = 4;
+const PointwiseKernel& PointwiseKernelFor(MathLevel math, bool sums);
+// Those of pointwise_f32.cu, in the order of math levels, and those of pointwise_f64.cu: the kernel
+// without sums and the one with them.
+using PointwisePair = PointwiseKernel[2];
+const PointwisePair* PointwiseF32();
+const PointwisePair& PointwiseF64();
 
 // The division of an m x n matrix among blocks.
 struct PointwiseGrid {
@@ -62,8 +63,9 @@ struct PointwiseStrips {
 };
 PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
 
-// Shared memory of a block with sums, for each output.
+// Shared memory of a block, for each output.
 constexpr int SumBytes(const PointwiseKernel& kernel) {
+  if (!kernel.sums) return 0;
   const size_t size = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
   return kPointwiseThreads * kernel.width * static_cast<int>(size);
 }
