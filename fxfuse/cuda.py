@@ -67,7 +67,10 @@ def cuda_recipe(
     refusal = _initialised(lib, device)
     if refusal is not None:
         raise NoKernel(refusal)
-    route = "cublas" if call.weight is None else _choose(call, result, device)
+    double = library.in_double(result.acc_dtype, layouts, result.dtypes)
+    if double and call.weight is not None and FORCED and FORCED[-1] != "cublas":
+        raise NoKernel("products of calls in float64 are torch's")
+    route = "cublas" if call.weight is None or double else _choose(call, result, device)
     if route == "cublas":
         return _pointwise_recipe(call, result, lib, layouts, fixes)
     by_planes = route in _PLANES
@@ -117,7 +120,8 @@ def _pointwise_recipe(
     if product is not None and product.route != "cublas":
         route = f"{product.route}, pointwise"
     by = None if product is None else product.run
-    return Recipe(route, None, pointwise_run(call, result, fixes, lib, problem, launch, by))
+    run = pointwise_run(call, result, layouts, fixes, lib, problem, launch, by)
+    return Recipe(route, None, run)
 
 
 def where_aligned(recipe: Recipe, other: Recipe) -> Recipe:

@@ -96,7 +96,7 @@ def _above(g: Term, x: Term, limit: float) -> Term:
 
 def _inside(g: Term, x: Term, low: float, high: float) -> Term:
     """g where x lies between the bounds but on neither, or is NaN."""
-    return _above(_above(g, x, low), -x, -high)
+    return g.emit("hardtanh_grad", g, x, params=(low, high))
 
 
 def _in_dtype_of(g: Term, x: Term) -> Term:
@@ -245,7 +245,7 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
     "mish": (_of_mish,),
     "softplus": (_of_softplus,),
     "softsign": (_of_softsign,),
-    "sigmoid": (lambda g, x, y: g * (1.0 - y) * y,),
+    "sigmoid": (lambda g, x, y: g.emit("sigmoid_grad", g, y),),
     "logsigmoid": (lambda g, x, y: g * _sigmoid(-x),),
     "hardsigmoid": (_of_hardsigmoid,),
     "hardswish": (_of_hardswish,),
@@ -256,7 +256,7 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
     "tanhshrink": (lambda g, x, y: g * _square(x.emit("tanh", x)),),
     "threshold": (lambda g, x, y, limit, value: _above(g, x, limit),),
     # Elementary functions.
-    "tanh": (lambda g, x, y: g * (1.0 - _square(y)),),
+    "tanh": (lambda g, x, y: g.emit("tanh_grad", g, y),),
     "abs": (lambda g, x, y: g * x.emit("sign", x),),
     "neg": (lambda g, x, y: -g,),
     "sign": (None,),
@@ -325,6 +325,15 @@ DERIVATIVES: dict[str, tuple[Rule | None, ...]] = {
     "gelu_grad": (lambda g, grad, x, y: g.emit("gelu_grad", g, x), _of_gelu_grad),
     "gelu_tanh_grad": (lambda g, grad, x, y: g.emit("gelu_tanh_grad", g, x), _of_gelu_tanh_grad),
     "silu_grad": (lambda g, grad, x, y: g.emit("silu_grad", g, x), _of_silu_grad),
+    "tanh_grad": (
+        lambda g, grad, y, r: g.emit("tanh_grad", g, y),
+        lambda g, grad, y, r: g * grad * (y * -2.0),
+    ),
+    "sigmoid_grad": (
+        lambda g, grad, y, r: g.emit("sigmoid_grad", g, y),
+        lambda g, grad, y, r: g * grad * (1.0 - y * 2.0),
+    ),
+    "hardtanh_grad": (lambda g, grad, x, y, low, high: _inside(g, x, low, high), None),
     "clamp_grad": (lambda g, grad, x, y, low, high: _of_clamp(g, x, y, low, high), None),
     "threshold_grad": (lambda g, grad, x, y, limit: _above(g, x, limit), None),
 }

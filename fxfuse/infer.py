@@ -26,8 +26,8 @@ Described = tuple[Sequence[int], torch.dtype]
 
 
 class Store(NamedTuple):
-    """How an output is left: in which dtype, and whether summed before, in fp32: to [N] over all
-    rows, to [M] over all columns or to a single element."""
+    """How an output is left: in which dtype, and whether summed before, in fp32 or wider: to [N]
+    over all rows, to [M] over all columns or to a single element."""
 
     reduction: Reduction
     dtype: torch.dtype

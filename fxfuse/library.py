@@ -25,7 +25,13 @@ from .program import Program
 from .vjp import Reduction
 
 ABI_VERSION = 4
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.bool: 3,
+    torch.float64: 4,
+}
 SUMS = {Reduction.NONE: 0, Reduction.ROWS: 1, Reduction.COLUMNS: 2, Reduction.ALL: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
 STATUS_UNSUPPORTED = 2
@@ -85,6 +91,7 @@ class ProgramStruct(ctypes.Structure):
         ("instruction", InstructionStruct * MAX_INSTRUCTIONS),
         ("operand", OperandStruct * MAX_OPERANDS),
         ("output", OutputStruct * MAX_OUTPUTS),
+        ("immediate_f64", ctypes.c_double * 2 * MAX_INSTRUCTIONS),
     )
 
 
@@ -228,7 +235,7 @@ class Library:
             problem.has_gemm, problem.has_bias = 1, int(gemm.bias is not None)
             problem.bias_dtype = DTYPES[gemm.bias or dtype]
             problem.b_transposed, problem.planes = int(gemm.transposed), gemm.planes
-        steps = lower(program)
+        steps = lower(program, in_double(dtype, operands, output_dtypes))
         out = problem.program
         out.instruction_count, out.operand_count = len(steps), len(operands)
         out.output_count = len(output_dtypes)
@@ -240,9 +247,10 @@ class Library:
             for i, (source, index) in enumerate(step.sources):
                 slot.source[i], slot.index[i] = int(source), index
             for i, value in enumerate(step.immediates):
-                slot.immediate[i] = value
+                slot.immediate[i] = out.immediate_f64[number][i] = value
             if step.op in GROUP_OPS:
-                slot.immediate[0] = columns // int(step.immediates[0])
+                width = columns // int(step.immediates[0])
+                slot.immediate[0] = out.immediate_f64[number][0] = width
         for number, layout in enumerate(operands):
             out.operand[number] = OperandStruct(
                 layout.row_stride,
@@ -269,6 +277,16 @@ class Library:
         """Raise KernelError where a call did not return OK."""
         if status:
             raise KernelError(f"{call}: {self.handle.fxfuse_last_error().decode()}")
+
+
+def in_double(
+    dtype: torch.dtype, operands: Sequence[OperandLayout], output_dtypes: Sequence[torch.dtype]
+) -> bool:
+    """Whether a problem is computed in float64: where its accumulator, an operand or an output is.
+
+    Its sums are float64, too.
+    """
+    return torch.float64 in (dtype, *output_dtypes, *(o.dtype for o in operands))
 
 
 def _directory() -> Path:

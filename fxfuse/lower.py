@@ -20,7 +20,7 @@ MAX_OPERANDS = 8
 MAX_OUTPUTS = 6
 MAX_SLOTS = 6
 
-_IDENTITIES = frozenset({"copy", "cast_f32", "dropout", "like", "view"})
+_IDENTITIES = frozenset({"copy", "dropout", "like", "view"})
 _SAME_FUNCTOR = {"hardtanh": "clamp"}
 
 
@@ -44,15 +44,16 @@ class Step:
     store: int = -1
 
 
-def lower(program: Program) -> tuple[Step, ...]:
+def lower(program: Program, double: bool = False) -> tuple[Step, ...]:
     """The steps of a program.
 
+    double: values are held in fp64, where a cast to fp32 rounds.
     Raises ProgramError where it needs more instructions, operands, outputs or slots than a kernel
     holds; the message names the limit.
     """
     _limit("operands", program.operand_count, MAX_OPERANDS)
     _limit("outputs", len(program.outputs), MAX_OUTPUTS)
-    instructions, outputs = _without_identities(without_norms(program))
+    instructions, outputs = _without_identities(without_norms(program), double)
     instructions, stores = _with_copies_for_stores(instructions, outputs)
     _limit("instructions", len(instructions), MAX_INSTRUCTIONS)
     last_use: dict[Value, int] = {}
@@ -86,23 +87,24 @@ def _limit(what: str, count: int, limit: int) -> None:
 
 
 def _without_identities(
-    program: Program,
+    program: Program, double: bool
 ) -> tuple[list[tuple[Value, Instruction]], tuple[Value, ...]]:
     """Instructions with the value each defines; ops that return their argument are gone, and what
     nothing but the second argument of a `like` read.
 
-    The accumulator is fp32 already, so a cast to fp32 returns its argument, too.
+    Unless values are held in fp64 a cast to fp32 returns its argument, too.
     """
+    identities = _IDENTITIES if double else _IDENTITIES | {"cast_f32"}
     alias: dict[Value, Arg] = {ACC: ACC}
     kept: list[tuple[Value, Instruction]] = []
     for index, instruction in enumerate(program.instructions, start=1):
         args = tuple(alias[a] if isinstance(a, Value) else a for a in instruction.args)
-        if instruction.op in _IDENTITIES and isinstance(args[0], Value):
+        if instruction.op in identities and isinstance(args[0], Value):
             alias[Value(index)] = args[0]
             continue
         alias[Value(index)] = Value(index)
         op = _SAME_FUNCTOR.get(instruction.op, instruction.op)
-        op = "copy" if op in _IDENTITIES else op
+        op = "copy" if op in identities else op
         kept.append((Value(index), replace(instruction, op=op, args=args)))
     outputs = tuple(v for v in (alias[v] for v in program.outputs) if isinstance(v, Value))
     needed = set(outputs)

@@ -200,6 +200,10 @@ def _clamp_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float) ->
     return torch.where((x >= low) & (x <= high), grad, 0.0)
 
 
+def _hardtanh_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return torch.where((x <= low) | (x >= high), 0.0, grad)
+
+
 def _threshold_grad(grad: torch.Tensor, x: torch.Tensor, limit: float) -> torch.Tensor:
     return torch.where(x <= limit, 0.0, grad)
 
@@ -427,6 +431,10 @@ _ROWS: tuple[Op, ...] = (
     _gradient("gelu_grad", _gelu_grad("none")),
     _gradient("gelu_tanh_grad", _gelu_grad("tanh")),
     _gradient("silu_grad", _matched(_silu_grad)),
+    # Of these two the second argument is the result of the op they differentiate.
+    _gradient("tanh_grad", _matched(torch.ops.aten.tanh_backward)),
+    _gradient("sigmoid_grad", _matched(torch.ops.aten.sigmoid_backward)),
+    _gradient("hardtanh_grad", _hardtanh_grad, params=("min_val", "max_val"), defaults=(-1.0, 1.0)),
     _gradient("clamp_grad", _clamp_grad, params=("min", "max"), defaults=(-INF, INF)),
     _gradient("threshold_grad", _threshold_grad, params=("threshold",), defaults=(0.0,)),
 )

@@ -79,9 +79,8 @@ def plan_region(region: Region) -> RegionPlan:
             if isinstance(found, NormCall):
                 # The norm itself stays where it is; only what follows is replaced.
                 del graph.claims[node]
-    return RegionPlan(
-        region, tuple(reversed(groups)), tuple(reversed(alone)), tuple(reversed(refusals))
-    )
+    groups.sort(key=lambda group: graph.order.position[group.anchor.node])
+    return RegionPlan(region, tuple(groups), tuple(reversed(alone)), tuple(reversed(refusals)))
 
 
 def _describe(region: Region) -> Graph:

@@ -22,7 +22,6 @@ from .errors import KernelError, LibraryError, ProgramError
 from .infer import Call, Result, Tensors, infer
 from .layout import classify, operand_shapes, result_shapes
 from .library import (
-    DTYPES,
     POINTER_OPERAND,
     POINTER_OUTPUT,
     Gemm,
@@ -39,7 +38,11 @@ Run = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", Tens
 
 Fixes = Sequence[tuple[int, "tuple[int, ...] | None"]]
 
-_MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What the kernels of a device compute with; only the pointwise kernel of CUDA does so in float64.
+_MATRIX_DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+}
 FORCED: list[str] = []
 
 
@@ -152,11 +155,12 @@ def _layouts(
     call: Call, result: Result
 ) -> tuple[list[OperandLayout], list[tuple[int, tuple[int, ...] | None]]]:
     """Operand layouts, and which operands must be made contiguous (or expanded) at each call."""
-    if result.acc_dtype not in _MATRIX_DTYPES:
+    dtypes = _MATRIX_DTYPES[call.x.device.type]
+    if result.acc_dtype not in dtypes:
         raise NoKernel(f"{result.acc_dtype} is computed by torch ops")
     elements = math.prod(result.acc_shape)
     for shape, dtype in zip(result.shapes, result.dtypes, strict=True):
-        if dtype not in _MATRIX_DTYPES:
+        if dtype not in dtypes:
             raise NoKernel(f"an output is {dtype}")
         if math.prod(shape) != elements or shape[-1:] != result.acc_shape[-1:]:
             raise NoKernel(f"an operand widens the result from {result.acc_shape} to {shape}")
@@ -168,7 +172,7 @@ def _layouts(
     fixes: list[tuple[int, tuple[int, ...] | None]] = []
     prelu = {i.args[1] for i in call.program.instructions if i.op == "prelu"}
     for index, operand in enumerate(call.operands):
-        if operand.dtype not in DTYPES:
+        if operand.dtype not in (*dtypes, torch.bool):
             raise NoKernel(f"operand {index} is {operand.dtype}")
         if index not in against:  # the part of a program before a dropout may not read it
             layouts.append(OperandLayout("unused", 0, 0, 1, 1, torch.float32))
@@ -286,6 +290,7 @@ def pointwise_problem(
 def pointwise_run(
     call: Call,
     result: Result,
+    layouts: Sequence[OperandLayout],
     fixes: Fixes,
     lib: Library,
     problem: ProblemStruct,
@@ -300,11 +305,16 @@ def pointwise_run(
     transposed, held = call.transposed, product_output(call, result)
     reused = in_place_output(result) if call.weight is not None and held is None else None
     reductions = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
+    # Sums over rows lie in one tensor, whose parts torch adds up in one go.
+    by_rows = [i for i, r in reductions.items() if r is Reduction.ROWS]
+    others = {i: r for i, r in reductions.items() if r is not Reduction.ROWS}
     p, q = lib.partials(problem) if reductions else (0, 0)
     m, n = rows_and_columns(result.acc_shape)
     parts = {Reduction.ROWS: (p, n), Reduction.COLUMNS: (m, q), Reduction.ALL: (p, q)}
     shapes = [parts.get(r, result.acc_shape) for r in result.reductions]
-    dtypes = [torch.float32 if i in reductions else d for i, d in enumerate(result.dtypes)]
+    double = library.in_double(result.acc_dtype, layouts, result.dtypes)
+    wide = torch.float64 if double else torch.float32
+    dtypes = [wide if i in reductions else d for i, d in enumerate(result.dtypes)]
     stored = [(i, shapes[i], dtypes[i]) for i in range(len(dtypes)) if i != held]
     reshaped = {
         i: shape
@@ -329,9 +339,14 @@ def pointwise_run(
         pointers[0] = acc.data_ptr()
         for index, operand in enumerate(operands):
             pointers[POINTER_OPERAND + index] = operand.data_ptr()
+        sums = acc.new_empty((len(by_rows), p, n), dtype=wide) if by_rows else None
         outputs = []
         for place, (index, shape, dtype) in enumerate(stored):
-            out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
+            if index in by_rows:
+                assert sums is not None
+                out = sums[by_rows.index(index)]
+            else:
+                out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
             pointers[POINTER_OUTPUT + place] = out.data_ptr()
             outputs.append(out)
         launch(pointers)
@@ -339,9 +354,16 @@ def pointwise_run(
             outputs.insert(held, acc)
         for index, shape in reshaped.items():
             outputs[index] = outputs[index].view(shape)
-        for index, reduction in reductions.items():
+        for index, reduction in others.items():
             total = reduced(outputs[index], reduction)
             outputs[index] = total.to(result.dtypes[index])
+        if sums is not None:
+            totals = sums.sum(1)
+            for dtype in dict.fromkeys(result.dtypes[i] for i in by_rows):
+                narrow = totals.to(dtype)
+                for place, index in enumerate(by_rows):
+                    if result.dtypes[index] == dtype:
+                        outputs[index] = narrow[place]
         return outputs
 
     return run
@@ -362,7 +384,8 @@ def _cpu_recipe(
         if status:
             lib.check(status, f"fxfuse_cpu_run for {' -> '.join(call.program.chain)}")
 
-    return Recipe("cpu", None, pointwise_run(call, result, fixes, lib, problem, launch))
+    run = pointwise_run(call, result, layouts, fixes, lib, problem, launch)
+    return Recipe("cpu", None, run)
 
 
 def tf32_allowed() -> bool:

@@ -14,13 +14,18 @@ thread_local char last_error[kMessageSize] = "";
 const char* const kOpcodeNames[] = {
 #define FXFUSE_OP(name, arity, params) #name,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 
 const char* const kSourceNames[] = {"previous", "slot", "operand", "immediate"};
+
+// What an accumulator or an output may be.
+constexpr const char* kMatrixDtypes = "f32 (0), f16 (1), bf16 (2) or f64 (4)";
+bool IsMatrixDtype(int dtype) {
+  return (dtype >= FXFUSE_F32 && dtype <= FXFUSE_BF16) || dtype == FXFUSE_F64;
+}
 
 // Checks one problem; `call` names the entry point in messages.
 class Checker {
@@ -72,6 +77,11 @@ class Checker {
     return BadRange(name, value, 0, high);
   }
 
+  fxfuse_status NoDouble(const char* array, int i) {
+    return Fail(FXFUSE_UNSUPPORTED, "%s: %s[%d].dtype=%d (f64), a problem with a GEMM takes none",
+                call_, array, i, FXFUSE_F64);
+  }
+
   // Rows of a stored matrix must not run into each other.
   bool RowsOverlap(int64_t row_stride, int64_t width) const {
     return problem_.m > 1 && row_stride < width;
@@ -82,9 +92,7 @@ class Checker {
     if (p.m < 0) return Bad("m", p.m, "0 or more");
     if (p.n < 0) return Bad("n", p.n, "0 or more");
     if (p.n > 0 && p.m > INT64_MAX / 8 / p.n) return Bad("m", p.m, "m * n below 2^60");
-    if (p.input_dtype < FXFUSE_F32 || p.input_dtype > FXFUSE_BF16) {
-      return Bad("input_dtype", p.input_dtype, "f32 (0), f16 (1) or bf16 (2)");
-    }
+    if (!IsMatrixDtype(p.input_dtype)) return Bad("input_dtype", p.input_dtype, kMatrixDtypes);
     if (p.has_gemm != 0 && p.has_gemm != 1) return Bad("has_gemm", p.has_gemm, "0 or 1");
     if (p.has_bias != 0 && p.has_bias != 1) return Bad("has_bias", p.has_bias, "0 or 1");
     if (p.route < FXFUSE_ROUTE_AUTO || p.route > FXFUSE_ROUTE_SKINNY) {
@@ -98,6 +106,10 @@ class Checker {
     }
     if (p.k < 0) return Bad("k", p.k, "0 or more");
     if (RowsOverlap(p.lda, p.k)) return Bad("lda", p.lda, "k or more");
+    if (p.input_dtype == FXFUSE_F64) {
+      return Fail(FXFUSE_UNSUPPORTED, "%s: input_dtype=%d (f64), a problem with a GEMM takes none",
+                  call_, p.input_dtype);
+    }
     if (p.bias_dtype < FXFUSE_F32 || p.bias_dtype > FXFUSE_BF16) {
       return Bad("bias_dtype", p.bias_dtype, "f32 (0), f16 (1) or bf16 (2)");
     }
@@ -132,9 +144,11 @@ class Checker {
 
   fxfuse_status CheckOperand(int i) {
     const fxfuse_operand& o = program_.operand[i];
-    if (o.dtype < FXFUSE_F32 || o.dtype > FXFUSE_BOOL) {
-      return BadItem("operand", i, "dtype", o.dtype, "f32 (0), f16 (1), bf16 (2) or bool (3)");
+    if (!IsMatrixDtype(o.dtype) && o.dtype != FXFUSE_BOOL) {
+      return BadItem("operand", i, "dtype", o.dtype,
+                     "f32 (0), f16 (1), bf16 (2), bool (3) or f64 (4)");
     }
+    if (problem_.has_gemm && o.dtype == FXFUSE_F64) return NoDouble("operand", i);
     if (o.row_stride < 0) return BadItem("operand", i, "row_stride", o.row_stride, "0 or more");
     if (o.column_stride < 0) {
       return BadItem("operand", i, "column_stride", o.column_stride, "0 or more");
@@ -146,9 +160,8 @@ class Checker {
 
   fxfuse_status CheckOutput(int i) {
     const fxfuse_output& o = program_.output[i];
-    if (o.dtype < FXFUSE_F32 || o.dtype > FXFUSE_BF16) {
-      return BadItem("output", i, "dtype", o.dtype, "f32 (0), f16 (1) or bf16 (2)");
-    }
+    if (!IsMatrixDtype(o.dtype)) return BadItem("output", i, "dtype", o.dtype, kMatrixDtypes);
+    if (problem_.has_gemm && o.dtype == FXFUSE_F64) return NoDouble("output", i);
     if (o.sum < FXFUSE_SUM_NONE || o.sum > FXFUSE_SUM_ALL) {
       return BadItemRange("output", i, "sum", o.sum, FXFUSE_SUM_ALL);
     }

@@ -19,6 +19,19 @@ __attribute__((format(printf, 2, 3))) fxfuse_status Fail(fxfuse_status status, c
 fxfuse_status CheckProblem(const char* function, const fxfuse_problem* problem,
                            void* const* pointers, bool need_pointers);
 
+// Whether a problem is computed in double precision: where any of its tensors is F64.
+inline bool IsDouble(const fxfuse_problem& problem) {
+  const fxfuse_program& program = problem.program;
+  bool found = problem.input_dtype == FXFUSE_F64;
+  for (int i = 0; i < program.operand_count; ++i) {
+    found = found || program.operand[i].dtype == FXFUSE_F64;
+  }
+  for (int i = 0; i < program.output_count; ++i) {
+    found = found || program.output[i].dtype == FXFUSE_F64;
+  }
+  return found;
+}
+
 }  // namespace fxfuse
 
 #endif  // FXFUSE_COMMON_H_

@@ -190,6 +190,7 @@ FXFUSE_HD float SinQuarter(float x, double quarter_turns) {
 }
 
 struct HostMath {
+  using Value = float;
   static FXFUSE_HD float abs(float x) { return __builtin_fabsf(x); }
   static FXFUSE_HD float min(float a, float b) { return a < b || a != a ? a : b; }
   static FXFUSE_HD float max(float a, float b) { return a > b || a != a ? a : b; }
@@ -212,6 +213,7 @@ struct HostMath {
   static FXFUSE_HD float ceil(float x) { return -floor(-x); }
   static FXFUSE_HD float trunc(float x) { return __builtin_copysignf(floor(abs(x)), x); }
 
+  static FXFUSE_HD float round_f32(float x) { return x; }
   static FXFUSE_HD float round_bf16(float x) {
     const uint32_t bits = BitCast<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;

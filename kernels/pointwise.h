@@ -2,10 +2,11 @@
 //
 // Each is written once, over a math policy `M` that supplies what depends on the machine
 // (HostMath in math_host.h; DeviceMath, DeviceHalfMath and DeviceFastMath in
-// cuda/math_device.cuh): exp, log, tanh, ... and the few composites worth a form of their own.
-// Values are fp32; semantics are PyTorch's, NaN, infinities and thresholds included.
+// cuda/math_device.cuh; DeviceDoubleMath in cuda/math_double.cuh): exp, log, tanh, ... and the few
+// composites worth a form of their own. Values are of the policy's type `M::Value`, fp32 or fp64;
+// semantics are PyTorch's, NaN, infinities and thresholds included.
 //
-// Ops over groups of columns are in group_opcodes.def, and are no functors.
+// Ops over groups of columns are no functors.
 //
 // An interpreter needs no list of its own: with FXFUSE_OP(name, arity, params) defined as
 //   case Opcode::name: r = Apply<M, Opcode::name>(a, b, c, p0, p1); break;
@@ -29,168 +30,183 @@ namespace fxfuse {
 enum class Opcode : uint16_t {
 #define FXFUSE_OP(name, arity, params) name,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 };
 
 #define FXFUSE_OP(name, arity, params) +1
-#define FXFUSE_GROUP_OP FXFUSE_OP
 constexpr int kPointwiseOpcodeCount = 0
 #include "opcodes.def"
     ;
-constexpr int kOpcodeCount = kPointwiseOpcodeCount
-#include "group_opcodes.def"
+#define FXFUSE_GROUP_OP FXFUSE_OP
+constexpr int kOpcodeCount = 0
+#include "opcodes.def"
     ;
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
 
-// Whether an op is one of group_opcodes.def. Those have no functor: each interpreter adds up as its
+static_assert(static_cast<int>(Opcode::normalize) == kPointwiseOpcodeCount, "groups come last");
+
+// Whether an op is over groups of columns. Those have no functor: each interpreter adds up as its
 // fragments lie.
 FXFUSE_HD constexpr bool IsGroupOp(Opcode op) {
   return static_cast<int>(op) >= kPointwiseOpcodeCount;
 }
 
 // A sigmoid s and 1 - s, neither taken from the other: both keep their relative accuracy.
-struct SigmoidPair {
-  float s, rest;
+template <class Value>
+struct SigmoidPairOf {
+  Value s, rest;
 };
+using SigmoidPair = SigmoidPairOf<float>;
 
 // Arguments in the order of opcodes.def: tensors first, then parameters.
 template <class M>
 struct Pointwise {
+  using Value = typename M::Value;
+
   // Casts. Each keeps NaN.
-  static FXFUSE_HD float copy(float x) { return x; }
-  static FXFUSE_HD float cast_f32(float x) { return x; }
-  static FXFUSE_HD float cast_f16(float x) { return M::round_f16(x); }
-  static FXFUSE_HD float cast_bf16(float x) { return M::round_bf16(x); }
+  static FXFUSE_HD Value copy(Value x) { return x; }
+  static FXFUSE_HD Value cast_f32(Value x) { return M::round_f32(x); }
+  static FXFUSE_HD Value cast_f16(Value x) { return M::round_f16(x); }
+  static FXFUSE_HD Value cast_bf16(Value x) { return M::round_bf16(x); }
 
   // Activations. Conditions are phrased so that NaN falls through to `x`.
-  static FXFUSE_HD float relu(float x) { return M::max(0.0f, x); }
-  static FXFUSE_HD float relu6(float x) { return clamp(x, 0.0f, 6.0f); }
-  static FXFUSE_HD float leaky_relu(float x, float slope) { return x > 0.0f ? x : x * slope; }
-  static FXFUSE_HD float prelu(float x, float weight) { return x > 0.0f ? x : x * weight; }
-  static FXFUSE_HD float elu(float x, float alpha) { return x > 0.0f ? x : alpha * M::expm1(x); }
-  static FXFUSE_HD float selu(float x) {
-    constexpr float kScale = 1.0507009873554805f;
-    constexpr float kScaleAlpha = 1.7580993408473766f;
+  static FXFUSE_HD Value relu(Value x) { return M::max(0.0f, x); }
+  static FXFUSE_HD Value relu6(Value x) { return clamp(x, 0.0f, 6.0f); }
+  static FXFUSE_HD Value leaky_relu(Value x, Value slope) { return x > 0.0f ? x : x * slope; }
+  static FXFUSE_HD Value prelu(Value x, Value weight) { return x > 0.0f ? x : x * weight; }
+  static FXFUSE_HD Value elu(Value x, Value alpha) { return x > 0.0f ? x : alpha * M::expm1(x); }
+  static FXFUSE_HD Value selu(Value x) {
+    constexpr Value kScale = static_cast<Value>(1.0507009873554804934);
+    constexpr Value kScaleAlpha = static_cast<Value>(1.7580993408473768599);
     return x > 0.0f ? kScale * x : kScaleAlpha * M::expm1(x);
   }
-  static FXFUSE_HD float celu(float x, float alpha) {
+  static FXFUSE_HD Value celu(Value x, Value alpha) {
     return x > 0.0f ? x : alpha * M::expm1(M::div(x, alpha));
   }
-  static FXFUSE_HD float gelu(float x) { return M::gelu(x); }
-  static FXFUSE_HD float gelu_tanh(float x) {
+  static FXFUSE_HD Value gelu(Value x) { return M::gelu(x); }
+  static FXFUSE_HD Value gelu_tanh(Value x) {
     // 0.5 x (1 + tanh(u)) = x sigmoid(2u), which keeps its relative accuracy where tanh(u) is
     // close to -1.
     return M::times_sigmoid(x, x * (kGeluTwoBeta + kGeluCubic * (x * x)));
   }
-  static FXFUSE_HD float silu(float x) { return M::times_sigmoid(x, x); }
-  static FXFUSE_HD float mish(float x) { return M::mish(x); }
-  static FXFUSE_HD float softplus(float x, float beta, float threshold) {
-    const float scaled = x * beta;
+  static FXFUSE_HD Value silu(Value x) { return M::times_sigmoid(x, x); }
+  static FXFUSE_HD Value mish(Value x) { return M::mish(x); }
+  static FXFUSE_HD Value softplus(Value x, Value beta, Value threshold) {
+    const Value scaled = x * beta;
     return scaled > threshold ? x : M::div(M::softplus(scaled), beta);
   }
-  static FXFUSE_HD float softsign(float x) { return M::div(x, 1.0f + M::abs(x)); }
-  static FXFUSE_HD float sigmoid(float x) { return M::sigmoid(x); }
-  static FXFUSE_HD float logsigmoid(float x) { return 0.0f - M::softplus(-x); }
-  static FXFUSE_HD float hardsigmoid(float x) { return M::sixth(clamp(x + 3.0f, 0.0f, 6.0f)); }
-  static FXFUSE_HD float hardswish(float x) {
+  static FXFUSE_HD Value softsign(Value x) { return M::div(x, 1.0f + M::abs(x)); }
+  static FXFUSE_HD Value sigmoid(Value x) { return M::sigmoid(x); }
+  static FXFUSE_HD Value logsigmoid(Value x) { return 0.0f - M::softplus(-x); }
+  static FXFUSE_HD Value hardsigmoid(Value x) { return M::sixth(clamp(x + 3.0f, 0.0f, 6.0f)); }
+  static FXFUSE_HD Value hardswish(Value x) {
     // The gate is finished before x comes in: x * 6 would overflow where the result does not.
     return x * hardsigmoid(x);
   }
-  static FXFUSE_HD float clamp(float x, float low, float high) {
+  static FXFUSE_HD Value clamp(Value x, Value low, Value high) {
     return M::min(high, M::max(low, x));
   }
-  static FXFUSE_HD float hardshrink(float x, float lambd) {
+  static FXFUSE_HD Value hardshrink(Value x, Value lambd) {
     return x >= -lambd && x <= lambd ? 0.0f : x;
   }
-  static FXFUSE_HD float softshrink(float x, float lambd) {
-    const float small = x != x ? x : 0.0f;
+  static FXFUSE_HD Value softshrink(Value x, Value lambd) {
+    const Value small = x != x ? x : 0.0f;
     return x > lambd ? x - lambd : (x < -lambd ? x + lambd : small);
   }
-  static FXFUSE_HD float tanhshrink(float x) { return M::tanhshrink(x); }
-  static FXFUSE_HD float threshold(float x, float limit, float value) {
+  static FXFUSE_HD Value tanhshrink(Value x) { return M::tanhshrink(x); }
+  static FXFUSE_HD Value threshold(Value x, Value limit, Value value) {
     return x <= limit ? value : x;
   }
 
   // Elementary functions.
-  static FXFUSE_HD float tanh(float x) { return M::tanh(x); }
-  static FXFUSE_HD float abs(float x) { return M::abs(x); }
-  static FXFUSE_HD float neg(float x) { return -x; }
-  static FXFUSE_HD float sign(float x) {  // torch.sign(NaN) is 0
+  static FXFUSE_HD Value tanh(Value x) { return M::tanh(x); }
+  static FXFUSE_HD Value abs(Value x) { return M::abs(x); }
+  static FXFUSE_HD Value neg(Value x) { return -x; }
+  static FXFUSE_HD Value sign(Value x) {  // torch.sign(NaN) is 0
     return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : 0.0f);
   }
-  static FXFUSE_HD float exp(float x) { return M::exp(x); }
-  static FXFUSE_HD float exp2(float x) { return M::exp2(x); }
-  static FXFUSE_HD float expm1(float x) { return M::expm1(x); }
-  static FXFUSE_HD float log(float x) { return M::log(x); }
-  static FXFUSE_HD float log2(float x) { return M::log2(x); }
-  static FXFUSE_HD float log10(float x) { return M::log10(x); }
-  static FXFUSE_HD float log1p(float x) { return M::log1p(x); }
-  static FXFUSE_HD float sqrt(float x) { return M::sqrt(x); }
-  static FXFUSE_HD float rsqrt(float x) { return M::rsqrt(x); }
-  static FXFUSE_HD float reciprocal(float x) { return M::rcp(x); }
-  static FXFUSE_HD float square(float x) { return x * x; }
-  static FXFUSE_HD float sin(float x) { return M::sin(x); }
-  static FXFUSE_HD float cos(float x) { return M::cos(x); }
-  static FXFUSE_HD float erf(float x) { return M::erf(x); }
-  static FXFUSE_HD float floor(float x) { return M::floor(x); }
-  static FXFUSE_HD float ceil(float x) { return M::ceil(x); }
-  static FXFUSE_HD float round(float x) { return M::round(x); }
-  static FXFUSE_HD float trunc(float x) { return M::trunc(x); }
+  static FXFUSE_HD Value exp(Value x) { return M::exp(x); }
+  static FXFUSE_HD Value exp2(Value x) { return M::exp2(x); }
+  static FXFUSE_HD Value expm1(Value x) { return M::expm1(x); }
+  static FXFUSE_HD Value log(Value x) { return M::log(x); }
+  static FXFUSE_HD Value log2(Value x) { return M::log2(x); }
+  static FXFUSE_HD Value log10(Value x) { return M::log10(x); }
+  static FXFUSE_HD Value log1p(Value x) { return M::log1p(x); }
+  static FXFUSE_HD Value sqrt(Value x) { return M::sqrt(x); }
+  static FXFUSE_HD Value rsqrt(Value x) { return M::rsqrt(x); }
+  static FXFUSE_HD Value reciprocal(Value x) { return M::rcp(x); }
+  static FXFUSE_HD Value square(Value x) { return x * x; }
+  static FXFUSE_HD Value sin(Value x) { return M::sin(x); }
+  static FXFUSE_HD Value cos(Value x) { return M::cos(x); }
+  static FXFUSE_HD Value erf(Value x) { return M::erf(x); }
+  static FXFUSE_HD Value floor(Value x) { return M::floor(x); }
+  static FXFUSE_HD Value ceil(Value x) { return M::ceil(x); }
+  static FXFUSE_HD Value round(Value x) { return M::round(x); }
+  static FXFUSE_HD Value trunc(Value x) { return M::trunc(x); }
 
   // Binary arithmetic.
-  static FXFUSE_HD float add(float a, float b) { return a + b; }
-  static FXFUSE_HD float sub(float a, float b) { return a - b; }
-  static FXFUSE_HD float mul(float a, float b) { return a * b; }
-  static FXFUSE_HD float div(float a, float b) { return M::div(a, b); }
-  static FXFUSE_HD float minimum(float a, float b) { return M::min(a, b); }
-  static FXFUSE_HD float maximum(float a, float b) { return M::max(a, b); }
-  static FXFUSE_HD float pow(float a, float b) { return M::pow(a, b); }
+  static FXFUSE_HD Value add(Value a, Value b) { return a + b; }
+  static FXFUSE_HD Value sub(Value a, Value b) { return a - b; }
+  static FXFUSE_HD Value mul(Value a, Value b) { return a * b; }
+  static FXFUSE_HD Value div(Value a, Value b) { return M::div(a, b); }
+  static FXFUSE_HD Value minimum(Value a, Value b) { return M::min(a, b); }
+  static FXFUSE_HD Value maximum(Value a, Value b) { return M::max(a, b); }
+  static FXFUSE_HD Value pow(Value a, Value b) { return M::pow(a, b); }
 
   // Comparisons.
-  static FXFUSE_HD float eq(float a, float b) { return a == b ? 1.0f : 0.0f; }
-  static FXFUSE_HD float ne(float a, float b) { return a != b ? 1.0f : 0.0f; }
-  static FXFUSE_HD float lt(float a, float b) { return a < b ? 1.0f : 0.0f; }
-  static FXFUSE_HD float le(float a, float b) { return a <= b ? 1.0f : 0.0f; }
-  static FXFUSE_HD float gt(float a, float b) { return a > b ? 1.0f : 0.0f; }
-  static FXFUSE_HD float ge(float a, float b) { return a >= b ? 1.0f : 0.0f; }
+  static FXFUSE_HD Value eq(Value a, Value b) { return a == b ? 1.0f : 0.0f; }
+  static FXFUSE_HD Value ne(Value a, Value b) { return a != b ? 1.0f : 0.0f; }
+  static FXFUSE_HD Value lt(Value a, Value b) { return a < b ? 1.0f : 0.0f; }
+  static FXFUSE_HD Value le(Value a, Value b) { return a <= b ? 1.0f : 0.0f; }
+  static FXFUSE_HD Value gt(Value a, Value b) { return a > b ? 1.0f : 0.0f; }
+  static FXFUSE_HD Value ge(Value a, Value b) { return a >= b ? 1.0f : 0.0f; }
 
   // Ternary.
-  static FXFUSE_HD float where(float condition, float a, float b) {
+  static FXFUSE_HD Value where(Value condition, Value a, Value b) {
     return condition != 0.0f ? a : b;
   }
-  static FXFUSE_HD float lerp(float start, float end, float weight) {
+  static FXFUSE_HD Value lerp(Value start, Value end, Value weight) {
     // Two forms, so that weight 0 gives start and weight 1 gives end exactly.
-    const float difference = end - start;
+    const Value difference = end - start;
     return M::abs(weight) < 0.5f ? start + weight * difference : end - difference * (1.0f - weight);
   }
 
   // Gradients.
-  static FXFUSE_HD float gelu_grad(float grad, float x) { return grad * M::gelu_slope(x); }
-  static FXFUSE_HD float gelu_tanh_grad(float grad, float x) {
-    const float u = x * x;
-    const float slope = kGeluTwoBeta + 3.0f * kGeluCubic * u;
+  static FXFUSE_HD Value gelu_grad(Value grad, Value x) { return grad * M::gelu_slope(x); }
+  static FXFUSE_HD Value gelu_tanh_grad(Value grad, Value x) {
+    const Value u = x * x;
+    const Value slope = kGeluTwoBeta + 3.0f * kGeluCubic * u;
     return grad * GateSlope(x, x * (kGeluTwoBeta + kGeluCubic * u), slope);
   }
-  static FXFUSE_HD float silu_grad(float grad, float x) { return grad * GateSlope(x, x, 1.0f); }
-  static FXFUSE_HD float clamp_grad(float grad, float x, float low, float high) {
+  static FXFUSE_HD Value silu_grad(Value grad, Value x) { return grad * GateSlope(x, x, 1.0f); }
+  static FXFUSE_HD Value clamp_grad(Value grad, Value x, Value low, Value high) {
     return x >= low && x <= high ? grad : 0.0f;
   }
-  static FXFUSE_HD float threshold_grad(float grad, float x, float limit) {
+  static FXFUSE_HD Value hardtanh_grad(Value grad, Value x, Value low, Value high) {
+    return x <= low || x >= high ? 0.0f : grad;
+  }
+  static FXFUSE_HD Value threshold_grad(Value grad, Value x, Value limit) {
     return x <= limit ? 0.0f : grad;
+  }
+  static FXFUSE_HD Value tanh_grad(Value grad, Value result) {
+    return grad * (1.0f - result * result);
+  }
+  static FXFUSE_HD Value sigmoid_grad(Value grad, Value result) {
+    return grad * (1.0f - result) * result;
   }
 
  private:
   // gelu_tanh(x) is x sigmoid(x (kGeluTwoBeta + kGeluCubic x^2)).
-  static constexpr float kGeluTwoBeta = 1.5957691216057308f;  // 2 sqrt(2 / pi)
-  static constexpr float kGeluCubic = 0.044715f * kGeluTwoBeta;
+  static constexpr Value kGeluTwoBeta =
+      static_cast<Value>(1.5957691216057307117);  // 2 sqrt(2 / pi)
+  static constexpr Value kGeluCubic = static_cast<Value>(0.044715) * kGeluTwoBeta;
 
   // The slope of x sigmoid(y), given y': s + s (1 - s) x y'.
-  static FXFUSE_HD float GateSlope(float x, float y, float slope) {
-    const SigmoidPair gate = M::sigmoid_pair(y);
+  static FXFUSE_HD Value GateSlope(Value x, Value y, Value slope) {
+    const SigmoidPairOf<Value> gate = M::sigmoid_pair(y);
     return gate.s + gate.s * (gate.rest * x) * slope;
   }
 };
@@ -209,7 +225,8 @@ struct Functor;
 #define FXFUSE_OP(name, arity, params)                                            \
   template <class M>                                                              \
   struct Functor<M, Opcode::name> {                                               \
-    static FXFUSE_HD float Apply(float a, float b, float c, float p0, float p1) { \
+    using Value = typename M::Value;                                              \
+    static FXFUSE_HD Value Apply(Value a, Value b, Value c, Value p0, Value p1) { \
       (void)b, (void)c, (void)p0, (void)p1;                                       \
       return Pointwise<M>::name FXFUSE_ARGUMENTS_##arity##_##params;              \
     }                                                                             \
@@ -219,7 +236,8 @@ struct Functor;
 
 // One opcode on one element; arguments beyond its arity and parameter count are ignored.
 template <class M, Opcode op>
-FXFUSE_HD float Apply(float a, float b, float c, float p0, float p1) {
+FXFUSE_HD typename M::Value Apply(typename M::Value a, typename M::Value b, typename M::Value c,
+                                  typename M::Value p0, typename M::Value p1) {
   return Functor<M, op>::Apply(a, b, c, p0, p1);
 }
 
@@ -227,7 +245,6 @@ FXFUSE_HD float Apply(float a, float b, float c, float p0, float p1) {
 constexpr uint8_t kArity[kOpcodeCount] = {
 #define FXFUSE_OP(name, arity, params) arity,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
@@ -235,7 +252,6 @@ constexpr uint8_t kArity[kOpcodeCount] = {
 constexpr uint8_t kParameterCount[kOpcodeCount] = {
 #define FXFUSE_OP(name, arity, params) params,
 #define FXFUSE_GROUP_OP FXFUSE_OP
-#include "group_opcodes.def"
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP

@@ -319,7 +319,7 @@ BAD = {
         lambda p, g, i, a: i[0].index.__setitem__(1, 1)
     ),
     "index[0]=0, expected a slot an earlier": lambda p, g, i, a: i[0].source.__setitem__(0, 1),
-    "operand[0].dtype=4": lambda p, g, i, a: setattr(g.operand[0], "dtype", 4),
+    "operand[0].dtype=5": lambda p, g, i, a: setattr(g.operand[0], "dtype", 5),
     "operand[0].repeat=0, expected 1 or more": lambda p, g, i, a: setattr(
         g.operand[0], "repeat", 0
     ),

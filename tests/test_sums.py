@@ -159,7 +159,7 @@ def test_sums_do_not_depend_on_threads_or_instruction_sets(
     [
         (4, 0, "fxfuse_cpu_run: output[0].sum=4, expected 0 to 3"),
         (-1, 0, "fxfuse_cpu_run: output[0].sum=-1, expected 0 to 3"),
-        (1, 3, "fxfuse_cpu_run: output[0].dtype=3, expected f32 (0), f16 (1) or bf16 (2)"),
+        (1, 3, "fxfuse_cpu_run: output[0].dtype=3, expected f32 (0), f16 (1), bf16 (2) or f64 (4)"),
     ],
 )
 def test_bad_sums_are_named(sum_: int, dtype: int, message: str) -> None:

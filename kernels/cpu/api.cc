@@ -163,6 +163,11 @@ fxfuse_status fxfuse_cpu_run(const fxfuse_problem* problem, void* const* pointer
   if (problem->has_gemm) {
     return fxfuse::Fail(FXFUSE_BAD_ARGUMENT, "fxfuse_cpu_run: has_gemm=1, expected 0");
   }
+  if (fxfuse::IsDouble(*problem)) {
+    return fxfuse::Fail(FXFUSE_UNSUPPORTED,
+                        "fxfuse_cpu_run: a tensor is f64 (%d), which only libfxfuse_cuda takes",
+                        FXFUSE_F64);
+  }
   if (threads < 1) {
     return fxfuse::Fail(FXFUSE_BAD_ARGUMENT, "fxfuse_cpu_run: threads=%d, expected 1 or more",
                         threads);

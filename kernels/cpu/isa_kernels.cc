@@ -73,14 +73,19 @@ FXFUSE_HD float Total(int count, const Term& term) {
   return lane[0];
 }
 
+// x - mean is (x - mean) - rest: the mean is taken twice, of what the first leaves, the second
+// takes what rounding took, or a constant row would not be zero.
 struct Moments {
-  float mean, rstd;
+  float mean, rest, rstd;
+  FXFUSE_HD float Normalized(float x) const { return (x - mean - rest) * rstd; }
 };
 FXFUSE_HD Moments MomentsOf(const float* x, int width, float eps) {
   const float count = static_cast<float>(width);
   const float mean = Total(width, [&](int i) { return x[i]; }) / count;
-  const float squares = Total(width, [&](int i) { return (x[i] - mean) * (x[i] - mean); });
-  return {mean, 1.0f / __builtin_sqrtf(squares / count + eps)};
+  const float rest = Total(width, [&](int i) { return x[i] - mean; }) / count;
+  const float squares =
+      Total(width, [&](int i) { return (x[i] - mean - rest) * (x[i] - mean - rest); });
+  return {mean, rest, 1.0f / __builtin_sqrtf(squares / count + eps)};
 }
 
 // A group's result, from its arguments `a` and, where there is one, `b`.
@@ -90,16 +95,16 @@ FXFUSE_HD void RunGroup(float* out, const float* a, const float* b, int width, f
   if constexpr (op == Opcode::normalize) {
     const Moments x = MomentsOf(a, width, eps);
     FXFUSE_SIMD
-    for (int i = 0; i < width; ++i) out[i] = (a[i] - x.mean) * x.rstd;
+    for (int i = 0; i < width; ++i) out[i] = x.Normalized(a[i]);
   } else if constexpr (op == Opcode::normalize_grad) {
     const Moments x = MomentsOf(b, width, eps);
-    const auto normalized = [&](int i) { return (b[i] - x.mean) * x.rstd; };
+    const auto normalized = [&](int i) { return x.Normalized(b[i]); };
     const float mean = Total(width, [&](int i) { return a[i]; }) / count;
     const float slope = Total(width, [&](int i) { return a[i] * normalized(i); }) / count;
     FXFUSE_SIMD
     for (int i = 0; i < width; ++i) out[i] = x.rstd * (a[i] - mean - normalized(i) * slope);
   } else {
-    static_assert(op == Opcode::group_mean, "the last of group_opcodes.def");
+    static_assert(op == Opcode::group_mean, "the last of them");
     const float mean = Total(width, [&](int i) { return a[i]; }) / count;
     for (int i = 0; i < width; ++i) out[i] = mean;
   }
@@ -226,11 +231,10 @@ void AddTo(double* total, const float* in, int count) {
 extern const IsaKernels kKernels = {FXFUSE_STRING(FXFUSE_ISA),
                                     {
 #define FXFUSE_OP(name, arity, params) Loop<Opcode::name>,
-#include "opcodes.def"
-#undef FXFUSE_OP
 #define FXFUSE_GROUP_OP(name, arity, params) GroupLoop<Opcode::name>,
-#include "group_opcodes.def"
+#include "opcodes.def"
 #undef FXFUSE_GROUP_OP
+#undef FXFUSE_OP
                                     },
                                     {LoadF32, LoadF16, LoadBf16, LoadBool},
                                     {StoreF32, StoreF16, StoreBf16},

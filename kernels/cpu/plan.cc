@@ -39,6 +39,11 @@ int Cost(Opcode op) {
     case Opcode::ge:
     case Opcode::where:
     case Opcode::lerp:
+    case Opcode::clamp_grad:
+    case Opcode::hardtanh_grad:
+    case Opcode::threshold_grad:
+    case Opcode::tanh_grad:
+    case Opcode::sigmoid_grad:
       return 1;
     case Opcode::log:
     case Opcode::log2:

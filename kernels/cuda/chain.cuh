@@ -196,29 +196,37 @@ class Chain {
     }
   }
 
-  // (x - mean) / sqrt(variance + eps) over groups of p0 columns, eps being p1. In two passes: what
-  // the mean is does not cost the variance its digits.
+  // (x - mean) / sqrt(variance + eps) over groups of p0 columns, eps being p1. The mean is taken
+  // twice: of what the first leaves, the second takes what rounding took, or a constant row would
+  // not be zero.
   static __device__ __forceinline__ void Normalize(const ChainStep& step, Values& v) {
     const int blocks = static_cast<int>(step.p0) / kBlockStep;
     const float each = __frcp_rn(step.p0);  // exact: a power of two
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum[kBlocks];
+#pragma unroll 1
+      for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        sum[b] = 0.0f;
+        for (int b = 0; b < kBlocks; ++b) {
+          sum[b] = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWidth; ++w) sum[b] += v[AccumulatorIndex(b, h, w)];
+          for (int w = 0; w < kWidth; ++w) sum[b] += v[AccumulatorIndex(b, h, w)];
+        }
+        AddUpGroups(blocks, sum);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          const float mean = sum[b] * each;
+#pragma unroll
+          for (int w = 0; w < kWidth; ++w) v[AccumulatorIndex(b, h, w)] -= mean;
+        }
       }
-      AddUpGroups(blocks, sum);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const float mean = sum[b] * each;
         sum[b] = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) {
-          float& x = v[AccumulatorIndex(b, h, w)];
-          x -= mean;
+          const float x = v[AccumulatorIndex(b, h, w)];
           sum[b] = fmaf(x, x, sum[b]);
         }
       }

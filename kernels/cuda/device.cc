@@ -43,18 +43,15 @@ fxfuse_status PreparePortable(const char* call, const DeviceLimits& limits) {
 }
 
 fxfuse_status PreparePointwise(const char* call, Device* device) {
-  for (int i = 0; i < kPointwiseKernels; ++i) {
-    const PointwiseKernel& kernel = PointwiseKernelFor(static_cast<MathLevel>(i));
-    int blocks = 0, sums = 0;
-    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function,
-                                                                      kPointwiseThreads, 0);
-    if (error == cudaSuccess) {
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&sums, kernel.sums, kPointwiseThreads,
-                                                            SumBytes(kernel));
+  for (int i = 0; i < kMathLevels; ++i) {
+    for (const bool sums : {false, true}) {
+      const PointwiseKernel& kernel = PointwiseKernelFor(static_cast<MathLevel>(i), sums);
+      int& blocks = device->pointwise_blocks[i][sums ? 1 : 0];
+      const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &blocks, kernel.function, kPointwiseThreads, SumBytes(kernel));
+      if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
+      blocks *= device->limits.sm_count;
     }
-    if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
-    device->pointwise_blocks[i] = blocks * device->limits.sm_count;
-    device->sums_blocks[i] = sums * device->limits.sm_count;
   }
   return FXFUSE_OK;
 }

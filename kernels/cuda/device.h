@@ -13,9 +13,13 @@ namespace fxfuse {
 
 struct Device {
   DeviceLimits limits;
-  // Blocks of each pointwise kernel that are resident at a time, on the whole device.
-  int pointwise_blocks[kPointwiseKernels];
-  int sums_blocks[kPointwiseKernels];  // of its form with sums
+  // Blocks of each pointwise kernel, without sums and with them, that are resident at a time, on
+  // the whole device.
+  int pointwise_blocks[kMathLevels][2];
+
+  int Resident(const PointwiseKernel& kernel) const {
+    return pointwise_blocks[static_cast<int>(kernel.math)][kernel.sums ? 1 : 0];
+  }
 };
 
 // FXFUSE_RUNTIME_ERROR that says what `call` was at. Takes the error off the runtime's record: it

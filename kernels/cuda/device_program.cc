@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "common.h"
 #include "pointwise.h"
 
 namespace fxfuse {
@@ -12,7 +13,10 @@ namespace {
 
 constexpr int64_t kIndexLimit = INT32_MAX;
 
-int DtypeBytes(int dtype) { return dtype == FXFUSE_F32 ? 4 : (dtype == FXFUSE_BOOL ? 1 : 2); }
+int DtypeBytes(int dtype) {
+  if (dtype == FXFUSE_F64) return 8;
+  return dtype == FXFUSE_F32 ? 4 : (dtype == FXFUSE_BOOL ? 1 : 2);
+}
 
 DeviceOperand TranslateOperand(const fxfuse_operand& operand, const void* data, int64_t rows) {
   DeviceOperand device = {};
@@ -23,7 +27,7 @@ DeviceOperand TranslateOperand(const fxfuse_operand& operand, const void* data, 
   device.period = static_cast<uint32_t>(std::min(operand.period, kIndexLimit));
   device.dtype = static_cast<uint8_t>(operand.dtype);
   device.periodic = operand.row_stride != 0 && (operand.repeat > 1 || operand.period < rows);
-  // Eight elements are one load of 8 bytes (bool), one of 16 or two of 16 (fp32).
+  // Eight elements are one load of 8 bytes (bool), one of 16 or more of 16 (fp32, fp64).
   const int bytes = operand.dtype == FXFUSE_BOOL ? 8 : 16;
   if (operand.column_stride == 0) {
     device.access = Access::kBroadcast;
@@ -213,8 +217,28 @@ void TranslateChain(const fxfuse_instruction* instructions, int count, DevicePro
   program->chain_count = count;
 }
 
+// The constants of a program's steps: its instructions', or where they are in DoubleProgram.
+class Constants {
+ public:
+  Constants(const fxfuse_instruction* instructions, bool places)
+      : instructions_(instructions), places_(places) {}
+  // Immediate `k` of an instruction.
+  float operator()(const fxfuse_instruction& instruction, int k) const {
+    if (!places_) return instruction.immediate[k];
+    const uint32_t place = static_cast<uint32_t>(2 * (&instruction - instructions_) + k);
+    float bits;
+    memcpy(&bits, &place, sizeof(bits));
+    return bits;
+  }
+
+ private:
+  const fxfuse_instruction* instructions_;
+  bool places_;
+};
+
 // A step that fetches argument `j` of an instruction as its second.
-DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code) {
+DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code,
+                 const Constants& constants) {
   DeviceStep step = {};
   step.code = static_cast<uint8_t>(code);
   step.index = instruction.index[j];
@@ -230,44 +254,40 @@ DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code) {
       break;
     default:
       step.second = static_cast<uint8_t>(Second::kConstant);
-      step.p0 = instruction.immediate[step.index];
+      step.p0 = constants(instruction, step.index);
   }
   return step;
 }
 
 // Fills the steps from the program's instructions.
-void TranslateSteps(const fxfuse_instruction* instructions, int count, DeviceProgram* program) {
-  static_assert(kOpcodeCount < kKeepThird, "opcodes fit a step");
-  constexpr int kCopy = static_cast<int>(Opcode::copy);
+void TranslateSteps(const fxfuse_instruction* instructions, int count, const Constants& constants,
+                    DeviceProgram* program) {
   DeviceStep* next = program->step;
   for (const fxfuse_instruction* i = instructions; i < instructions + count; ++i) {
+    const auto fetch = [&](int j, int code) { *next++ = Fetch(*i, j, code, constants); };
     const auto is_previous = [&](int j) { return i->source[j] == FXFUSE_FROM_PREVIOUS; };
-    if (i->arity == 3) *next++ = Fetch(*i, 2, kKeepThird);
-    DeviceStep step = {};
-    step.code = static_cast<uint8_t>(i->opcode);
-    if (i->arity == 1) {
-      if (!is_previous(0)) {
-        step = Fetch(*i, 0, i->opcode);
-        step.flags = kTake;
-      }
-    } else if (is_previous(0)) {
-      step = Fetch(*i, 1, i->opcode);
-    } else if (is_previous(1)) {
-      step = Fetch(*i, 0, i->opcode);
-      step.flags = kSwap;
-    } else {
-      *next = Fetch(*i, 0, kCopy);
-      next++->flags = kTake;
-      step = Fetch(*i, 1, i->opcode);
+    if (i->arity == 3) fetch(2, kKeepThird);
+    const bool swapped = i->arity > 1 && is_previous(1) && !is_previous(0);
+    if (!is_previous(0)) fetch(0, swapped ? kSwap : kTake);
+    DeviceStep op = {};
+    if (swapped) {
+      op.second = static_cast<uint8_t>(Second::kSlot);
+      op.index = kSpareSlot;
+    } else if (i->arity > 1) {
+      op = Fetch(*i, 1, i->opcode, constants);
     }
-    if (kParameterCount[i->opcode] > 0) step.p0 = i->immediate[0], step.p1 = i->immediate[1];
-    step.flags |= static_cast<uint8_t>((i->save + 1) | (i->store + 1) << 3);
-    *next++ = step;
+    op.code = static_cast<uint8_t>(i->opcode);
+    if (kParameterCount[i->opcode] > 0) {
+      op.p0 = constants(*i, 0);
+      op.p1 = constants(*i, 1);
+    }
+    op.result = static_cast<uint8_t>((i->save + 1) | (i->store + 1) << 3);
+    *next++ = op;
   }
   program->step_count = static_cast<int32_t>(next - program->step);
   program->leading_row = kNoOperand;
   const DeviceStep& first = program->step[0];
-  if (first.code != static_cast<int>(Opcode::add) || first.flags != 0) return;
+  if (first.code != static_cast<int>(Opcode::add) || first.result != 0) return;
   if (first.second != static_cast<uint8_t>(Second::kOperand)) return;
   const DeviceOperand& operand = program->operand[first.index];
   if (operand.access == Access::kVector && operand.row_stride == 0) {
@@ -315,8 +335,18 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
     to.vector = VectorAligned(to.data, output.row_stride, problem.m, output.dtype);
   }
   FindVectorOperands(problem, device);
-  TranslateSteps(instructions, count, device);
+  TranslateSteps(instructions, count, Constants(instructions, false), device);
   TranslateChain(instructions, count, device);
+}
+
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device) {
+  TranslateProgram(problem, pointers, static_cast<DeviceProgram*>(device));
+  // Without a GEMM there is no bias, so the problem's instructions are the device's.
+  const fxfuse_program& program = problem.program;
+  const Constants places(program.instruction, true);
+  TranslateSteps(program.instruction, program.instruction_count, places, device);
+  memcpy(device->constant, program.immediate_f64,
+         program.instruction_count * sizeof(program.immediate_f64[0]));
 }
 
 int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
@@ -327,6 +357,7 @@ int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
 }
 
 MathLevel RequiredMath(const fxfuse_problem& problem) {
+  if (IsDouble(problem)) return MathLevel::kDouble;
   MathLevel level = MathLevel::kFast;
   for (int i = 0; i < problem.program.output_count; ++i) {
     const int dtype = problem.program.output[i].dtype;

@@ -85,27 +85,33 @@ constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
 // An instruction, or part of one, as Interpreter takes it: on two values held in registers, the
 // first what the step before left, the second fetched for the step.
 struct DeviceStep {
-  uint8_t code;    // an Opcode, or kKeepThird
+  uint8_t code;    // an Opcode, or one of those below
   uint8_t second;  // Second
   uint8_t index;   // of the slot or operand that the second is fetched from
-  uint8_t flags;   // kSwap, kTake, and where the result goes (see KeptSlot and StoredOutput)
+  uint8_t result;  // where it goes: see KeptSlot and StoredOutput
   float p0, p1;    // the op's parameters; or p0 is the second
 };
 
+// Codes beside those of ops.
+constexpr int kTake = 253;       // the second becomes the first
+constexpr int kSwap = 254;       // and the first is kept in kSpareSlot
+constexpr int kKeepThird = 255;  // the second is kept in kThirdSlot, which ops of three read
+static_assert(kOpcodeCount <= kTake, "opcodes fit a step");
+
 enum class Second : uint8_t { kNone, kPrevious, kConstant, kSlot, kOperand };
 
-// Keeps the second as the third argument of the op in one of the next steps.
-constexpr int kKeepThird = 255;
-constexpr uint8_t kTake = 0x80;  // the second becomes the first before the op
-constexpr uint8_t kSwap = 0x40;  // they change places
+// Beyond the program's own.
+constexpr int kThirdSlot = FXFUSE_MAX_SLOTS, kSpareSlot = kThirdSlot + 1;
+constexpr int kDeviceSlots = kSpareSlot + 1;
 
 // The slot or output that the result is written to, one more than its number; 0: none.
-FXFUSE_HD constexpr int KeptSlot(int flags) { return flags & 7; }
-FXFUSE_HD constexpr int StoredOutput(int flags) { return flags >> 3 & 7; }
+FXFUSE_HD constexpr int KeptSlot(int result) { return result & 7; }
+FXFUSE_HD constexpr int StoredOutput(int result) { return result >> 3 & 7; }
 static_assert(FXFUSE_MAX_SLOTS < 8 && FXFUSE_MAX_OUTPUTS < 8, "three bits each");
 
-// An instruction of three arguments is at most three steps, and the bias one.
-constexpr int kMaxDeviceSteps = 3 * FXFUSE_MAX_INSTRUCTIONS + 1;
+// An instruction of three arguments is at most three steps, and the bias one; the one past the last
+// is read as well.
+constexpr int kMaxDeviceSteps = 3 * FXFUSE_MAX_INSTRUCTIONS + 2;
 constexpr int kNoOperand = -1;
 
 struct DeviceProgram {
@@ -134,13 +140,21 @@ static_assert(sizeof(DeviceProgram) <= 3072, "leave room for the GEMM's own para
 // How exact the epilogue's arithmetic must be, by the outputs' rounding; a higher level serves
 // wherever a lower one does.
 enum class MathLevel : uint8_t {
-  kFast,  // every output is bf16
-  kHalf,  // outputs are bf16 or fp16
-  kExact  // some output is fp32
+  kFast,   // every output is bf16
+  kHalf,   // outputs are bf16 or fp16
+  kExact,  // some output is fp32
+  kDouble  // some tensor is fp64; of the pointwise kernel alone
+};
+
+// A program as the kernel in double precision takes it: a step's p0 is, as a bit pattern, the place
+// of what it is and of p1 after it.
+struct DoubleProgram : DeviceProgram {
+  double constant[2 * FXFUSE_MAX_INSTRUCTIONS + 1];
 };
 
 // Fills `device` from a validated problem.
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device);
 
 // The dtype of the chain that the program is, at these addresses or, without any, at aligned ones;
 // kNoChain where it is none.

@@ -204,12 +204,13 @@ inline void __syncwarp() {
   using namespace fxfuse::emulation;
   Meet(blocks[current_block].warp_barriers[current / 32], 32);
 }
-inline float __shfl_xor_sync(uint32_t, float value, int flip) {
-  static float sent[32][32];  // [warp][lane]
+template <class Value>
+Value __shfl_xor_sync(uint32_t, Value value, int flip) {
+  static Value sent[32][32];  // [warp][lane]
   const int warp = fxfuse::emulation::current / 32, lane = fxfuse::emulation::current % 32;
   sent[warp][lane] = value;
   __syncwarp();
-  const float received = sent[warp][lane ^ flip];
+  const Value received = sent[warp][lane ^ flip];
   __syncwarp();
   return received;
 }

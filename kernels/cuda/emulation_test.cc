@@ -14,9 +14,12 @@ using DeviceFastMath = HostMath;
 }  // namespace fxfuse
 #include "chain.cuh"
 #include "choose.h"
-#include "pointwise_kernel.cu"
+#include "pointwise_f32.cu"
+#include "pointwise_f64.cu"
 #include "portable_gemm.cuh"
 #include "skinny_gemm.cuh"
+//
+#include "emulation_f64.h"
 
 namespace fxfuse {
 namespace {
@@ -26,14 +29,16 @@ constexpr int64_t kRepeat = 2, kPeriod = 3;  // of the periodic operand
 int failures = 0;
 
 template <class T>
-constexpr int kDtype =
-    sizeof(T) == 4 ? FXFUSE_F32 : (std::is_same_v<T, __half> ? FXFUSE_F16 : FXFUSE_BF16);
+constexpr int kDtype = sizeof(T) == 8   ? FXFUSE_F64
+                       : sizeof(T) == 4 ? FXFUSE_F32
+                                        : (std::is_same_v<T, __half> ? FXFUSE_F16 : FXFUSE_BF16);
 
 template <class T>
 std::vector<T> Random(int64_t count) {
   static std::mt19937 random(7);
   std::vector<T> values(count);
-  for (T& value : values) value = T(std::uniform_real_distribution<float>(-1, 1)(random));
+  using Real = std::conditional_t<sizeof(T) == 8, double, float>;
+  for (T& value : values) value = T(std::uniform_real_distribution<Real>(-1, 1)(random));
   return values;
 }
 
@@ -52,17 +57,20 @@ fxfuse_instruction Instruction(Opcode opcode, std::vector<std::pair<int, int>> a
   return instruction;
 }
 
-// A program with every source and every kind of operand, its data, and its meaning in double.
+// A program with every source and every kind of operand, its data, and its meaning in double. Of
+// double outputs, operands are double, too, but those of 16 bits and bools.
 template <class Out>
 class Case {
  public:
+  using Wide = std::conditional_t<sizeof(Out) == 8, double, float>;
+
   Case(int64_t m, int64_t n, int64_t padding)
       : m_(m),
         n_(n),
         stride_(n + padding),
-        row_(Random<float>(n)),
-        column_(Random<float>(m)),
-        table_(Random<float>(kPeriod * n)),
+        row_(Random<Wide>(n)),
+        column_(Random<Wide>(m)),
+        table_(Random<Wide>(kPeriod * n)),
         full_(Random<__half>(m * stride_)),
         mask_(m * n),
         output_{std::vector<Out>(m * stride_, Out(kUntouched)),
@@ -71,11 +79,11 @@ class Case {
     problem.m = m, problem.n = n;
     fxfuse_program& program = problem.program;
     program.operand_count = 6, program.output_count = 2, program.slot_count = 2;
-    program.operand[0] = {0, 1, 1, m, FXFUSE_F32, 0};
+    program.operand[0] = {0, 1, 1, m, kDtype<Wide>, 0};
     program.operand[1] = {n, 1, 1, m, FXFUSE_BOOL, 0};
     program.operand[2] = {stride_, 1, 1, m, FXFUSE_F16, 0};
-    program.operand[3] = {n, 1, kRepeat, kPeriod, FXFUSE_F32, 0};
-    program.operand[4] = {1, 0, 1, m, FXFUSE_F32, 0};
+    program.operand[3] = {n, 1, kRepeat, kPeriod, kDtype<Wide>, 0};
+    program.operand[4] = {1, 0, 1, m, kDtype<Wide>, 0};
     program.operand[5] = {0, 0, 1, m, FXFUSE_F32, 0};
     program.output[0] = program.output[1] = {stride_, kDtype<Out>, 0};
     const void* data[] = {row_.data(),   mask_.data(),   full_.data(),
@@ -96,6 +104,7 @@ class Case {
         Instruction(Opcode::add, {previous, operand(4)}),
         Instruction(Opcode::where, {operand(5), previous, immediate}, 1, -1, 0.5f)};
     for (const fxfuse_instruction& i : instructions) {
+      program.immediate_f64[program.instruction_count][0] = i.immediate[0];
       program.instruction[program.instruction_count++] = i;
     }
   }
@@ -115,7 +124,7 @@ class Case {
           expected[1] = condition_ != 0 ? std::max(expected[0], z) + column_[i] : 0.5;
         }
         for (int o = 0; o < 2; ++o) {
-          const double found = static_cast<float>(output_[o][i * stride_ + j]);
+          const double found = static_cast<Wide>(output_[o][i * stride_ + j]);
           // An infinity, or a NaN, must be the same one.
           const bool same = found == expected[o] || (std::isnan(found) && std::isnan(expected[o]));
           const double error =
@@ -124,7 +133,9 @@ class Case {
         }
       }
     }
-    const double limit = sizeof(Out) == 4 ? 1e-5 : (kDtype<Out> == FXFUSE_F16 ? 1e-3 : 8e-3);
+    const double limit = sizeof(Out) == 8   ? 1e-15
+                         : sizeof(Out) == 4 ? 1e-5
+                                            : (kDtype<Out> == FXFUSE_F16 ? 1e-3 : 8e-3);
     const bool good = worst <= limit && emulation::bank_conflicts == 0;
     failures += !good;
     printf("%-6s %-24s %4ld x %-5ld error %.1e, %ld bank conflicts in %ld\n",
@@ -137,7 +148,7 @@ class Case {
 
  private:
   int64_t m_, n_, stride_;
-  std::vector<float> row_, column_, table_;
+  std::vector<Wide> row_, column_, table_;
   std::vector<__half> full_;
   std::vector<uint8_t> mask_;
   float condition_ = 1;
@@ -293,15 +304,23 @@ void TestPortablePlanes(const char* name, int64_t m, int64_t n, int64_t k,
   });
 }
 
+double Exact(double value) { return value; }
+double Exact(__half value) { return static_cast<float>(value); }
+double Exact(__nv_bfloat16 value) { return static_cast<float>(value); }
+
+// The arithmetic of a pointwise kernel for tensors of these types.
+template <class... T>
+using MathFor = std::conditional_t<((sizeof(T) == 8) || ...), DeviceDoubleMath, HostMath>;
+
 template <class In, class Out, int kWidth, int kGroups>
 void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
-  using Config = PointwiseConfig<HostMath, kWidth, kGroups, kWidth == 8>;
+  using Config = PointwiseConfig<MathFor<In, Out>, kWidth, kGroups, kWidth == 8>;
   const int64_t stride = n + padding;
   const std::vector<In> accumulator = Random<In>(m * stride);
   Case<Out> test(m, n, padding);
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
-  PointwiseArguments arguments = {};
+      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
+  typename Config::Arguments arguments = {};
   arguments.accumulator = accumulator.data();
   arguments.row_stride = stride;
   arguments.dtype = kDtype<In>;
@@ -314,8 +333,7 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
   emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
                     [&] { PointwiseProgram<Config>(arguments); });
-  test.Check("pointwise",
-             [&](int64_t i, int64_t j) { return static_cast<float>(accumulator[i * stride + j]); });
+  test.Check("pointwise", [&](int64_t i, int64_t j) { return Exact(accumulator[i * stride + j]); });
 }
 
 struct Op {
@@ -436,7 +454,7 @@ void TestGroups(int64_t m, int64_t n, int width, int resident) {
     pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
   }
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups}, m, n);
+      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
   PointwiseArguments arguments = {};
   arguments.accumulator = x.data();
   arguments.row_stride = n;
@@ -528,10 +546,11 @@ void TestChainGroups(int64_t n, int width, bool adjacent) {
 // x + row, stored, and its sums over rows, columns and all.
 template <class In, int kWidth, int kGroups>
 void TestSums(int64_t m, int64_t n, int resident) {
-  using Config = PointwiseConfig<HostMath, kWidth, kGroups, kWidth == 8>;
-  const PointwiseKernel kernel = {"", nullptr, nullptr, MathLevel::kExact, kWidth, kGroups};
+  using Config = PointwiseConfig<MathFor<In>, kWidth, kGroups, kWidth == 8>;
+  using Value = typename Config::Value;
+  const PointwiseKernel kernel = {"", nullptr, MathLevel::kExact, true, kWidth, kGroups};
   const std::vector<In> accumulator = Random<In>(m * n);
-  const std::vector<float> row = Random<float>(n);
+  const std::vector<Value> row = Random<Value>(n);
   const PointwiseGrid grid = DividePointwise(kernel, m, n);
   const PointwiseStrips strips = DivideSums(grid, resident);
 
@@ -540,7 +559,7 @@ void TestSums(int64_t m, int64_t n, int resident) {
   fxfuse_program& program = problem.program;
   program.instruction_count = program.output_count = 4;
   program.operand_count = 1;
-  program.operand[0] = {0, 1, 1, m, FXFUSE_F32, 0};
+  program.operand[0] = {0, 1, 1, m, kDtype<Value>, 0};
   const fxfuse_sum kinds[] = {FXFUSE_SUM_ROWS, FXFUSE_SUM_NONE, FXFUSE_SUM_ALL, FXFUSE_SUM_COLUMNS};
   for (int i = 0; i < 4; ++i) {
     fxfuse_instruction& op = program.instruction[i];
@@ -548,18 +567,17 @@ void TestSums(int64_t m, int64_t n, int resident) {
     op.arity = i == 0 ? 2 : 1;
     op.source[1] = FXFUSE_FROM_OPERAND;
     op.save = -1, op.store = static_cast<int8_t>(i);
-    program.output[i] = {n, FXFUSE_F32, kinds[i]};
+    program.output[i] = {n, kDtype<Value>, kinds[i]};
   }
-  constexpr float kUntouched = -12345.0f;
-  std::vector<float> output[4] = {std::vector<float>(strips.p * n, kUntouched),
-                                  std::vector<float>(m * n, kUntouched),
-                                  std::vector<float>(strips.p * strips.q, kUntouched),
-                                  std::vector<float>(m * strips.q, kUntouched)};
+  constexpr Value kUntouched = -12345.0f;
+  using Values = std::vector<Value>;
+  Values output[4] = {Values(strips.p * n, kUntouched), Values(m * n, kUntouched),
+                      Values(strips.p * strips.q, kUntouched), Values(m * strips.q, kUntouched)};
   void* pointers[FXFUSE_PTR_COUNT] = {};
-  pointers[FXFUSE_PTR_OPERAND] = const_cast<float*>(row.data());
+  pointers[FXFUSE_PTR_OPERAND] = const_cast<Value*>(row.data());
   for (int i = 0; i < 4; ++i) pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
 
-  PointwiseArguments arguments = {};
+  typename Config::Arguments arguments = {};
   arguments.accumulator = accumulator.data();
   arguments.row_stride = n;
   arguments.dtype = kDtype<In>;
@@ -573,7 +591,7 @@ void TestSums(int64_t m, int64_t n, int resident) {
                     [&] { PointwiseSums<Config>(arguments); });
 
   const auto value = [&](int64_t i, int64_t j) -> double {
-    return static_cast<float>(accumulator[i * n + j]) + row[j];
+    return Exact(accumulator[i * n + j]) + row[j];
   };
   // Errors relative to the sum of magnitudes.
   double worst = 0;
@@ -603,9 +621,9 @@ void TestSums(int64_t m, int64_t n, int resident) {
     for (int64_t j = 0; j < strips.q; ++j) found += output[3][i * strips.q + j];
     compare(found, expected, size);
   }
-  for (const float part : output[2]) found_all += part;
+  for (const Value part : output[2]) found_all += part;
   compare(found_all, all, size_of_all);
-  const bool good = worst <= 5e-7;
+  const bool good = worst <= (sizeof(Value) == 8 ? 2e-15 : 5e-7);
   failures += !good;
   printf("%-6s %-24s %4ld x %-5ld error %.1e, %u x %u parts\n", good ? "ok" : "FAILED", "sums",
          static_cast<long>(m), static_cast<long>(n), worst, strips.p, strips.q);
@@ -682,6 +700,19 @@ void RunAll() {
   TestSums<__nv_bfloat16, 8, 2>(300, 1, 2);
   TestSums<__nv_bfloat16, 8, 2>(1, 6144, 7);
   TestSums<float, 4, 4>(5000, 8, 1);
+  TestPointwise<double, double, 4, 2>(100, 132, 4, 5);
+  TestPointwise<double, double, 4, 2>(65, 1027, 0, 7);
+  TestPointwise<double, double, 4, 2>(33, 514, 1, 7);
+  TestPointwise<float, double, 4, 2>(37, 512, 0, 3);
+  TestPointwise<Bf16, double, 4, 2>(37, 515, 0, 3);
+  TestPointwise<double, float, 4, 2>(70, 36, 0, 3);
+  TestPointwise<double, F16, 4, 2>(70, 36, 0, 3);
+  TestPointwise<double, Bf16, 4, 2>(70, 35, 0, 3);
+  TestSums<double, 4, 2>(100, 132, 5);
+  TestSums<double, 4, 2>(65, 1027, 7);
+  TestSums<double, 4, 2>(700, 3, 4);
+  TestSums<double, 4, 2>(9, 2048, 40);
+  failures += TestDoubleOps();
 }
 
 }  // namespace

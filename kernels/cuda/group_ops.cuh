@@ -1,4 +1,4 @@
-// The ops of group_opcodes.def over a fragment, where lanes side by side have adjacent columns.
+// The ops over groups of columns, on a fragment, where lanes side by side have adjacent columns.
 
 #ifndef FXFUSE_CUDA_GROUP_OPS_CUH_
 #define FXFUSE_CUDA_GROUP_OPS_CUH_
@@ -7,32 +7,33 @@
 
 namespace fxfuse {
 
-template <class Fragment>
+template <class Fragment, class Math>
 class GroupOps {
  public:
   static constexpr int kSize = Fragment::kSize;
-  using Values = float[kSize];
+  using Value = typename Math::Value;
+  using Values = Value[kSize];
 
   // Leaves the result in `v`, the first argument; `b` is the second, where there is one, and is
   // overwritten. To be called by whole warps.
-  static __device__ __forceinline__ void Run(Opcode op, Values& v, Values& b, float width,
-                                             float eps) {
+  static __device__ __forceinline__ void Run(Opcode op, Values& v, Values& b, Value width,
+                                             Value eps) {
     const int lanes = static_cast<int>(width) / kWidth;
-    const float each = __frcp_rn(width);  // exact: a power of two
+    const Value each = Math::rcp(width);
     // One vector at a time, or registers would run out; and since they cannot be indexed, the
     // fragment turns past the vector at its front.
 #pragma unroll 1
     for (int g = 0; g < kGroups; ++g) {
-      float result[kWidth];
+      Value result[kWidth];
       if (op == Opcode::normalize_grad) {
-        const float rstd = Normalize(lanes, each, eps, b);
-        const float mean = each * Sum(lanes, [&](int j) { return v[j]; });
-        const float slope = each * Sum(lanes, [&](int j) { return v[j] * b[j]; });
+        const Value rstd = Normalize(lanes, each, eps, b);
+        const Value mean = each * Sum(lanes, [&](int j) { return v[j]; });
+        const Value slope = each * Sum(lanes, [&](int j) { return v[j] * b[j]; });
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) result[j] = rstd * (v[j] - mean - b[j] * slope);
       } else {
         if (op == Opcode::normalize) Normalize(lanes, each, eps, v);
-        const float mean = each * Sum(lanes, [&](int j) { return v[j]; });
+        const Value mean = each * Sum(lanes, [&](int j) { return v[j]; });
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) result[j] = op == Opcode::normalize ? v[j] : mean;
       }
@@ -50,8 +51,8 @@ class GroupOps {
 
   // The sum of term(j) over the first vectors of `lanes` lanes.
   template <class Term>
-  static __device__ __forceinline__ float Sum(int lanes, const Term& term) {
-    float sum = 0.0f;
+  static __device__ __forceinline__ Value Sum(int lanes, const Term& term) {
+    Value sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum += term(j);
 #pragma unroll 1
@@ -59,20 +60,24 @@ class GroupOps {
     return sum;
   }
 
-  // Normalizes the first vector and returns 1 / sqrt(variance + eps). In two passes: what the mean
-  // is does not cost the variance its digits.
-  static __device__ __forceinline__ float Normalize(int lanes, float each, float eps, Values& x) {
-    const float mean = each * Sum(lanes, [&](int j) { return x[j]; });
+  // Normalizes the first vector and returns 1 / sqrt(variance + eps). The mean is taken twice: of
+  // what the first leaves, the second takes what rounding took, or a constant row would not be
+  // zero.
+  static __device__ __forceinline__ Value Normalize(int lanes, Value each, Value eps, Values& x) {
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      const Value mean = each * Sum(lanes, [&](int j) { return x[j]; });
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) x[j] -= mean;
-    const float rstd = rsqrtf(fmaf(each, Sum(lanes, [&](int j) { return x[j] * x[j]; }), eps));
+      for (int j = 0; j < kWidth; ++j) x[j] -= mean;
+    }
+    const Value rstd = Math::rsqrt(each * Sum(lanes, [&](int j) { return x[j] * x[j]; }) + eps);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) x[j] *= rstd;
     return rstd;
   }
 
   static __device__ __forceinline__ void Turn(Values& x) {
-    float head[kWidth];
+    Value head[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) head[j] = x[j];
 #pragma unroll

@@ -43,14 +43,12 @@ FXFUSE_HD constexpr bool IsCompact(Opcode op) {
 // memory.
 class Decoded {
  public:
-  // `i` may be one past the last.
   __device__ __forceinline__ Decoded(const DeviceProgram& program, int i) {
     static_assert(offsetof(DeviceStep, second) == 1 && offsetof(DeviceStep, index) == 2 &&
-                      offsetof(DeviceStep, flags) == 3 && offsetof(DeviceStep, p0) == 4 &&
+                      offsetof(DeviceStep, result) == 3 && offsetof(DeviceStep, p0) == 4 &&
                       sizeof(DeviceStep) == 12,
                   "the shifts below");
-    const uint32_t* from =
-        reinterpret_cast<const uint32_t*>(&program.step[min(i, kMaxDeviceSteps - 1)]);
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&program.step[i]);
     word_ = from[0];
     p0_ = __uint_as_float(from[1]);
     p1_ = __uint_as_float(from[2]);
@@ -61,13 +59,41 @@ class Decoded {
     return static_cast<Second>(word_ >> 8 & 0xff);
   }
   __device__ __forceinline__ int index() const { return word_ >> 16 & 0xff; }
-  __device__ __forceinline__ int flags() const { return word_ >> 24; }
+  __device__ __forceinline__ int result() const { return word_ >> 24; }
   __device__ __forceinline__ float p0() const { return p0_; }
   __device__ __forceinline__ float p1() const { return p1_; }
 
  private:
   uint32_t word_;
   float p0_, p1_;
+};
+
+// The same in double precision, with constants out of their table.
+class DecodedDouble : public Decoded {
+ public:
+  __device__ __forceinline__ DecodedDouble(const DoubleProgram& program, int i)
+      : Decoded(program, i) {
+    const uint32_t place = __float_as_uint(Decoded::p0());
+    p0_ = program.constant[place];
+    p1_ = program.constant[place + 1];
+  }
+  __device__ __forceinline__ double p0() const { return p0_; }
+  __device__ __forceinline__ double p1() const { return p1_; }
+
+ private:
+  double p0_, p1_;
+};
+
+// What is interpreted over values of a type.
+template <class Value>
+struct ProgramOver {
+  using Program = DeviceProgram;
+  using Instruction = Decoded;
+};
+template <>
+struct ProgramOver<double> {
+  using Program = DoubleProgram;
+  using Instruction = DecodedDouble;
 };
 
 // In place of sums, for kernels whose problems have none.
@@ -80,24 +106,28 @@ template <class Fragment, class Math, class Sums = NoSums, bool kGroups = false>
 struct Interpreter {
   static constexpr int kSize = Fragment::kSize;
   static constexpr bool kSums = !std::is_same<Sums, NoSums>::value;
-  using Values = float[kSize];
+  using Value = typename Math::Value;
+  using Values = Value[kSize];
+  using Program = typename ProgramOver<Value>::Program;
+  using Instruction = typename ProgramOver<Value>::Instruction;
 
   // Leaves the program's last value in `v`, beginning at step `first`.
-  static __device__ __forceinline__ void Run(const DeviceProgram& program, const Fragment& at,
-                                             Values& v, int first = 0, Sums sums = {}) {
+  static __device__ __forceinline__ void Run(const Program& program, const Fragment& at, Values& v,
+                                             int first = 0, Sums sums = {}) {
     Slots slot;
-    Values b = {};
-    Decoded next(program, first);
+    Instruction next(program, first);
 #pragma unroll 1
     for (int i = first; i < program.step_count; ++i) {
-      const Decoded step = next;
-      next = Decoded(program, i + 1);
-      if (step.second() != Second::kNone) Fetch(program, step, at, slot, v, b);
-      Dispatch(step, v, b, slot[kThird]);
-      const int flags = step.flags();
-      if (KeptSlot(flags) > 0) Copy(v, slot[KeptSlot(flags) - 1]);
-      if (StoredOutput(flags) == 0) continue;
-      const int index = StoredOutput(flags) - 1;
+      const Instruction step = next;
+      next = Instruction(program, i + 1);
+      Values b;  // of no step but this: registers are scarce
+      Fetch(program, step, at, slot, v, b);
+      Dispatch(step, v, b, slot);
+      const int result = step.result();
+      if (result == 0) continue;
+      if (KeptSlot(result) > 0) Copy(v, slot[KeptSlot(result) - 1]);
+      if (StoredOutput(result) == 0) continue;
+      const int index = StoredOutput(result) - 1;
       const DeviceOutput& output = program.output[index];
       if constexpr (kSums) {
         if (output.sum != FXFUSE_SUM_NONE) {
@@ -110,74 +140,74 @@ struct Interpreter {
   }
 
  private:
-  // Indexed at run time, hence in local memory. The one past the last holds the third argument of
-  // an op: too rare for registers.
-  static constexpr int kThird = FXFUSE_MAX_SLOTS;
-  using Slots = float[FXFUSE_MAX_SLOTS + 1][kSize];
+  // Indexed at run time, hence in local memory.
+  using Slots = Value[kDeviceSlots][kSize];
 
   static __device__ __forceinline__ void Copy(const Values& from, Values& to) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) to[j] = from[j];
   }
 
-  // Fetches a step's second into `b`, and puts both where the op wants them.
-  static __device__ __forceinline__ void Fetch(const DeviceProgram& program, const Decoded& step,
-                                               const Fragment& at, const Slots& slot, Values& v,
-                                               Values& b) {
-    const Second second = step.second();
-    if (second == Second::kSlot) {
-      Copy(slot[step.index()], b);
-    } else if (second == Second::kConstant) {
+  // Fetches a step's second into `b`.
+  static __device__ __forceinline__ void Fetch(const Program& program, const Instruction& step,
+                                               const Fragment& at, const Slots& slot,
+                                               const Values& v, Values& b) {
+    switch (step.second()) {
+      case Second::kNone:
+        return;
+      case Second::kPrevious:
+        return Copy(v, b);
+      case Second::kConstant:
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) b[j] = step.p0();
-    } else if (second == Second::kOperand) {
-      Load(program, program.operand[step.index()], at, b);
-    } else {
-      Copy(v, b);
-    }
-    if ((step.flags() & (kSwap | kTake)) == 0) return;
-    const bool swap = (step.flags() & kSwap) != 0;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float previous = v[j];
-      v[j] = b[j];
-      b[j] = swap ? previous : b[j];
+        for (int j = 0; j < kSize; ++j) b[j] = step.p0();
+        return;
+      case Second::kSlot:
+        return Copy(slot[step.index()], b);
+      case Second::kOperand:
+        return Load(program, program.operand[step.index()], at, b);
     }
   }
 
-  static __device__ __forceinline__ void Dispatch(const Decoded& step, Values& v, Values& b,
-                                                  Values& c) {
-    const float p0 = step.p0(), p1 = step.p1();
+  static __device__ __forceinline__ void Dispatch(const Instruction& step, Values& v, Values& b,
+                                                  Slots& slot) {
+    const Value p0 = step.p0(), p1 = step.p1();
     switch (step.code()) {
-#define FXFUSE_OP(name, arity, params)             \
-  case static_cast<int>(Opcode::name):             \
-    return Execute<Opcode::name>(v, b, c, p0, p1);
-#include "opcodes.def"
-#undef FXFUSE_OP
+#define FXFUSE_OP(name, arity, params) \
+  case static_cast<int>(Opcode::name): \
+    return Execute<Opcode::name>(v, b, slot[kThirdSlot], p0, p1);
 #define FXFUSE_GROUP_OP(name, arity, params) case static_cast<int>(Opcode::name):
-#include "group_opcodes.def"
+#include "opcodes.def"
 #undef FXFUSE_GROUP_OP
+#undef FXFUSE_OP
       if constexpr (kGroups) {
-        GroupOps<Fragment>::Run(static_cast<Opcode>(step.code()), v, b, p0, p1);
+        GroupOps<Fragment, Math>::Run(static_cast<Opcode>(step.code()), v, b, p0, p1);
       }
       return;
+      case kSwap:
+        Copy(v, slot[kSpareSlot]);
+        return Copy(b, v);
+      case kTake:
+        return Copy(b, v);
       case kKeepThird:
-        return Copy(b, c);
+        return Copy(b, slot[kThirdSlot]);
     }
   }
 
   template <Opcode op>
-  static __device__ __forceinline__ void Execute(Values& v, Values& b, const Values& c, float p0,
-                                                 float p1) {
+  static __device__ __forceinline__ void Execute(Values& v, Values& b, const Values& c, Value p0,
+                                                 Value p1) {
     constexpr int kArguments = kArity[static_cast<int>(op)];
-    constexpr int kStep =
-        IsHot(op) || kArguments == 3 ? kSize : (IsCompact(op) ? 4 : (kSize < 16 ? kSize : 16));
+    constexpr int kStep = std::is_same<Value, double>::value && kArguments < 3
+                              ? (IsCompact(op) ? 1 : 2)  // functions of doubles are long
+                          : IsHot(op) || kArguments == 3
+                              ? kSize
+                              : (IsCompact(op) ? 4 : (kSize < 16 ? kSize : 16));
     static_assert(kSize % kStep == 0, "the loop below takes whole steps");
     // Registers cannot be indexed, so the fragment turns past a fixed window instead: after a full
     // turn every element is back in its place.
 #pragma unroll 1
     for (int i = 0; i < kSize; i += kStep) {
-      float result[kStep];
+      Value result[kStep];
 #pragma unroll
       for (int j = 0; j < kStep; ++j) result[j] = Apply<Math, op>(v[j], b[j], c[j], p0, p1);
       Turn<kStep>(v);
@@ -189,7 +219,7 @@ struct Interpreter {
 
   template <int kStep>
   static __device__ __forceinline__ void Turn(Values& x) {
-    float head[kStep];
+    Value head[kStep];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) head[j] = x[j];
 #pragma unroll
@@ -218,7 +248,7 @@ struct Interpreter {
       int64_t offset[kBlocks];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) offset[b] = ReadColumn(program, at, b * kRows);
-      float row[kWidth * kBlocks];
+      Value row[kWidth * kBlocks];
       LoadVectors<kWidth, kBlocks>(operand.data, operand.dtype, offset, row);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) t[j] = row[j / (kWidth * kRows) * kWidth + j % kWidth];
@@ -233,7 +263,7 @@ struct Interpreter {
       int64_t offset[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) offset[r] = OperandRow(program, operand, at.Row(r));
-      float value[kRows];
+      Value value[kRows];
       LoadElements<kRows>(operand.data, operand.dtype, offset, value);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth % kRows];
@@ -246,7 +276,7 @@ struct Interpreter {
         for (int j = 0; j < kWidth; ++j) {
           offset[j] = row + min(at.Column(g) + j, program.columns - 1) * operand.column_stride;
         }
-        float value[kWidth];
+        Value value[kWidth];
         LoadElements<kWidth>(operand.data, operand.dtype, offset, value);
         Turn<kWidth>(t);
 #pragma unroll

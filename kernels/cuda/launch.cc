@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace fxfuse {
@@ -43,10 +45,14 @@ fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int
               static_cast<long long>(value), static_cast<long long>(limit));
 }
 
-fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
-                              void* const* pointers, const Device& device,
-                              const PointwiseKernel& kernel, void* stream) {
-  PointwiseArguments arguments;
+namespace {
+
+// LaunchPointwise for a kernel that takes such arguments.
+template <class Arguments>
+fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& problem,
+                                  void* const* pointers, const Device& device,
+                                  const PointwiseKernel& kernel, void* stream) {
+  Arguments arguments;
   arguments.accumulator = pointers[FXFUSE_PTR_A];
   arguments.row_stride = problem.lda;
   arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
@@ -58,25 +64,33 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
   arguments.column_blocks = grid.column_blocks;
   arguments.row_blocks = grid.row_blocks;
   TranslateProgram(problem, pointers, &arguments.program);
-  if (HasSums(problem)) {
-    const PointwiseStrips strips =
-        DivideSums(grid, device.sums_blocks[static_cast<int>(kernel.math)]);
+  int64_t blocks;
+  if (kernel.sums) {
+    const PointwiseStrips strips = DivideSums(grid, device.Resident(kernel));
     arguments.strip_blocks = strips.strip_blocks;
-    const int shared_bytes = SumBytes(kernel) * problem.program.output_count;
-    return Launch(call, kernel.name, kernel.sums, int64_t{grid.column_blocks} * strips.p,
-                  kPointwiseThreads, shared_bytes, &arguments, stream);
+    blocks = int64_t{grid.column_blocks} * strips.p;
+  } else {
+    const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
+    blocks = std::min<int64_t>(all, device.Resident(kernel));
   }
-  const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
-  const int64_t resident = device.pointwise_blocks[static_cast<int>(kernel.math)];
-  return Launch(call, kernel.name, kernel.function, all < resident ? all : resident,
-                kPointwiseThreads, 0, &arguments, stream);
+  return Launch(call, kernel.name, kernel.function, blocks, kPointwiseThreads,
+                SumBytes(kernel) * problem.program.output_count, &arguments, stream);
+}
+
+}  // namespace
+
+fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
+                              void* const* pointers, const Device& device,
+                              const PointwiseKernel& kernel, void* stream) {
+  const auto launch = kernel.math == MathLevel::kDouble ? LaunchPointwiseWith<DoubleArguments>
+                                                        : LaunchPointwiseWith<PointwiseArguments>;
+  return launch(call, problem, pointers, device, kernel, stream);
 }
 
 void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
                  int64_t* p, int64_t* q) {
   const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
-  const PointwiseStrips strips =
-      DivideSums(grid, device.sums_blocks[static_cast<int>(kernel.math)]);
+  const PointwiseStrips strips = DivideSums(grid, device.Resident(kernel));
   *p = strips.p;
   *q = strips.q;
 }

@@ -7,6 +7,8 @@
 //   DeviceFastMath  for bf16 outputs: tanh.approx and kin. Its documented bound is 2^-11 of a
 //                   result, where bf16 rounds at 2^-9; in norm an H200 is within 5e-6.
 //
+// DeviceDoubleMath is in math_double.cuh.
+//
 // Special functions are the budget of an epilogue: an SM has 16 a cycle, and 128 multiply-adds, so
 // one of them costs what eight other instructions do. A gelu is two (ex2, rcp); a sigmoid two in
 // the first policy and one in the others, whose reciprocal is made of multiply-adds; a tanh two in
@@ -119,6 +121,7 @@ static __device__ __forceinline__ SigmoidPair InOrder(float x, float small, floa
 }  // namespace device_math
 
 struct DeviceMath {
+  using Value = float;
   static constexpr MathLevel kLevel = MathLevel::kExact;
   static FXFUSE_HD float abs(float x) { return fabsf(x); }
   static FXFUSE_HD float min(float a, float b) { return device_math::Min(a, b); }
@@ -135,6 +138,7 @@ struct DeviceMath {
   static FXFUSE_HD float ceil(float x) { return ceilf(x); }
   static FXFUSE_HD float round(float x) { return rintf(x); }
   static FXFUSE_HD float trunc(float x) { return truncf(x); }
+  static FXFUSE_HD float round_f32(float x) { return x; }
   static FXFUSE_HD float round_f16(float x) { return __half2float(__float2half_rn(x)); }
   static FXFUSE_HD float round_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 

@@ -1,4 +1,5 @@
-// Typed loads and stores of the epilogue: memory of any fxfuse_dtype, registers of fp32.
+// Typed loads and stores of the epilogue: memory of any fxfuse_dtype but fp64, registers of fp32;
+// at the end, memory of any fxfuse_dtype, registers of fp64.
 //
 // The dtype is uniform over the grid, so each switch below is one uniform branch.
 
@@ -194,6 +195,75 @@ __device__ __forceinline__ void StoreElement(void* data, int dtype, int64_t offs
     static_cast<__half*>(data)[offset] = __float2half_rn(value);
   } else {
     static_cast<__nv_bfloat16*>(data)[offset] = __float2bfloat16_rn(value);
+  }
+}
+
+// The same for fp64. What is narrower than fp64 is exact in fp32, and is read by way of that.
+
+template <int kWidth, int kGroups>
+__device__ __forceinline__ void LoadVectors(const void* data, int dtype,
+                                            const int64_t (&offset)[kGroups],
+                                            double (&values)[kWidth * kGroups]) {
+  if (dtype == FXFUSE_F64) {
+#pragma unroll
+    for (int i = 0; i < kWidth * kGroups; i += 2) {
+      const double* from = static_cast<const double*>(data) + offset[i / kWidth];
+      const double2 pair = reinterpret_cast<const double2*>(from)[i % kWidth / 2];
+      values[i] = pair.x, values[i + 1] = pair.y;
+    }
+    return;
+  }
+  float narrow[kWidth * kGroups];
+  LoadVectors<kWidth, kGroups>(data, dtype, offset, narrow);
+#pragma unroll
+  for (int i = 0; i < kWidth * kGroups; ++i) values[i] = narrow[i];
+}
+
+template <int kCount>
+__device__ __forceinline__ void LoadElements(const void* data, int dtype,
+                                             const int64_t (&offset)[kCount],
+                                             double (&values)[kCount]) {
+  if (dtype == FXFUSE_F64) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<const double*>(data)[offset[i]];
+    return;
+  }
+  float narrow[kCount];
+  LoadElements<kCount>(data, dtype, offset, narrow);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = narrow[i];
+}
+
+// Each value is rounded once, and so 16-bit ones are not by way of fp32.
+__device__ __forceinline__ void StoreElement(void* data, int dtype, int64_t offset, double value) {
+  if (dtype == FXFUSE_F64) {
+    static_cast<double*>(data)[offset] = value;
+  } else if (dtype == FXFUSE_F32) {
+    static_cast<float*>(data)[offset] = static_cast<float>(value);
+  } else if (dtype == FXFUSE_F16) {
+    static_cast<__half*>(data)[offset] = __double2half(value);
+  } else {
+    static_cast<__nv_bfloat16*>(data)[offset] = __double2bfloat16(value);
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ void StoreVector(void* data, int dtype, int64_t offset,
+                                            const double* values) {
+  if (dtype == FXFUSE_F64) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 2) {
+      double* to = static_cast<double*>(data) + offset;
+      reinterpret_cast<double2*>(to)[i / 2] = make_double2(values[i], values[i + 1]);
+    }
+  } else if (dtype == FXFUSE_F32) {
+    float narrow[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) narrow[i] = static_cast<float>(values[i]);
+    StoreVector<kWidth>(data, FXFUSE_F32, offset, narrow);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) StoreElement(data, dtype, offset + i, values[i]);
   }
 }
 

@@ -3,13 +3,16 @@
 #ifndef FXFUSE_CUDA_POINTWISE_KERNEL_H_
 #define FXFUSE_CUDA_POINTWISE_KERNEL_H_
 
+#include <stddef.h>
+
 #include "device_program.h"
 
 namespace fxfuse {
 
 constexpr int kPointwiseThreads = 256;
 
-struct PointwiseArguments {
+template <class Program>
+struct PointwiseArgumentsOf {
   const void* accumulator;
   int64_t row_stride;      // in elements
   uint8_t dtype;           // fxfuse_dtype
@@ -19,24 +22,30 @@ struct PointwiseArguments {
   uint32_t column_blocks;  // blocks side by side in a row
   uint32_t row_blocks;     // blocks below each other
   uint32_t strip_blocks;   // of those below each other, how many one block takes; with sums only
-  DeviceProgram program;
+  Program program;
 };
-static_assert(sizeof(PointwiseArguments) <= 4096, "the limit of kernel parameters");
+using PointwiseArguments = PointwiseArgumentsOf<DeviceProgram>;
+using DoubleArguments = PointwiseArgumentsOf<DoubleProgram>;  // of the kernel in double precision
+static_assert(sizeof(DoubleArguments) <= 4096, "the limit of kernel parameters");
 
-// A compiled kernel, one per math level. A thread takes `groups` rows of `width` columns. `sums`
-// serves problems with summed outputs.
+// A compiled kernel. A thread takes `groups` rows of `width` columns.
 struct PointwiseKernel {
   const char* name;
   const void* function;
-  const void* sums;
   MathLevel math;
+  bool sums;  // serves problems with summed outputs, else those without
   int8_t width;
   int8_t groups;
 };
 
-// In the order of MathLevel.
-constexpr int kPointwiseKernels = 3;
-const PointwiseKernel& PointwiseKernelFor(MathLevel math);
+// One for each math level, without sums and with them.
+constexpr int kMathLevels = 4;
+const PointwiseKernel& PointwiseKernelFor(MathLevel math, bool sums);
+// Those of pointwise_f32.cu, in the order of math levels, and those of pointwise_f64.cu: the kernel
+// without sums and the one with them.
+using PointwisePair = PointwiseKernel[2];
+const PointwisePair* PointwiseF32();
+const PointwisePair& PointwiseF64();
 
 // The division of an m x n matrix among blocks.
 struct PointwiseGrid {
@@ -54,9 +63,11 @@ struct PointwiseStrips {
 };
 PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
 
-// Shared memory of a block with sums, for each output.
+// Shared memory of a block, for each output.
 constexpr int SumBytes(const PointwiseKernel& kernel) {
-  return kPointwiseThreads * kernel.width * static_cast<int>(sizeof(float));
+  if (!kernel.sums) return 0;
+  const size_t size = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
+  return kPointwiseThreads * kernel.width * static_cast<int>(size);
 }
 
 }  // namespace fxfuse

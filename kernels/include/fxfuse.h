@@ -47,7 +47,10 @@ typedef enum {
   FXFUSE_F32 = 0,
   FXFUSE_F16 = 1,
   FXFUSE_BF16 = 2,
-  FXFUSE_BOOL = 3  // one byte, operands only; reads as 0.0 or 1.0
+  FXFUSE_BOOL = 3,  // one byte, operands only; reads as 0.0 or 1.0
+  // CUDA only, without GEMM only. A problem in which any tensor is F64 is computed in double
+  // precision: values, immediates (immediate_f64) and sums.
+  FXFUSE_F64 = 4
 } fxfuse_dtype;
 
 // Where an argument of an instruction comes from.
@@ -101,8 +104,9 @@ typedef enum {
 } fxfuse_sum;
 
 // A stored matrix [M, N]; columns are adjacent, rows are row_stride elements apart.
-// With a sum, without GEMM only: F32 partial sums instead, rows adjacent, each of one part of the
-// matrix, which is divided into P parts from top to bottom and Q from left to right:
+// With a sum, without GEMM only: partial sums instead, F32 or, in a problem in double precision,
+// F64, rows adjacent, each of one part of the matrix, which is divided into P parts from top to
+// bottom and Q from left to right:
 //   SUM_ROWS [P, N], SUM_COLUMNS [M, Q], SUM_ALL [P, Q]
 // dtype is then what the total will be rounded to, which says how exact the terms must be.
 // P and Q are what fxfuse_cpu_partials and fxfuse_cuda_partials say. The same problem has the same
@@ -121,6 +125,8 @@ typedef struct {
   fxfuse_instruction instruction[FXFUSE_MAX_INSTRUCTIONS];
   fxfuse_operand operand[FXFUSE_MAX_OPERANDS];
   fxfuse_output output[FXFUSE_MAX_OUTPUTS];
+  // What a problem in double precision takes in place of each instruction's `immediate`.
+  double immediate_f64[FXFUSE_MAX_INSTRUCTIONS][2];
 } fxfuse_program;
 
 // Routes of the CUDA library. AUTO asks it to choose (never POINTWISE: that needs no GEMM; nor

@@ -5,10 +5,11 @@
 // cycle over some 800 cycles of latency). Where a fragment's words leave room for the next one's,
 // those are fetched before the present one is computed.
 
+#ifndef FXFUSE_CUDA_POINTWISE_KERNEL_CUH_
+#define FXFUSE_CUDA_POINTWISE_KERNEL_CUH_
+
 #include "fragment.cuh"
 #include "interpreter.cuh"
-#include "kernel_list.h"
-#include "math_device.cuh"
 #include "memory.cuh"
 #include "pointwise_kernel.h"
 
@@ -17,12 +18,13 @@ namespace fxfuse {
 // Sums over what the threads of a block compute. Over rows and over all each thread adds up its own
 // columns, in shared memory, because registers cannot be indexed by the output; over columns a warp
 // writes what its threads have of a row.
-template <class Fragment>
+template <class Fragment, class Value>
 class BlockSums {
  public:
   static constexpr int kWidth = Fragment::kWidth;
 
-  __device__ __forceinline__ BlockSums(const PointwiseArguments& arguments, uint32_t column_block)
+  template <class Arguments>
+  __device__ __forceinline__ BlockSums(const Arguments& arguments, uint32_t column_block)
       : lanes_(1u << arguments.log2_lanes),
         segments_(lanes_ > 32 ? lanes_ / 32 : 1),
         parts_(arguments.column_blocks * segments_),
@@ -31,21 +33,28 @@ class BlockSums {
   __device__ __forceinline__ uint32_t segments() const { return segments_; }
   __device__ __forceinline__ uint32_t parts() const { return parts_; }
 
-  // The block's shared memory: [output][kWidth][kPointwiseThreads].
-  static __device__ __forceinline__ float& Total(int output, int column, uint32_t thread) {
+  // The block's shared memory: [output][kWidth / 4][kPointwiseThreads][4], so that a thread's
+  // access is one of 16 bytes, beside its neighbours'.
+  struct __align__(16) Quad {
+    Value value[4];
+  };
+  static __device__ __forceinline__ Quad& Totals(int output, int quad, uint32_t thread) {
     extern __shared__ __align__(16) uint8_t shared[];
-    return reinterpret_cast<float*>(
-        shared)[(output * kWidth + column) * kPointwiseThreads + thread];
+    return reinterpret_cast<Quad*>(
+        shared)[(output * (kWidth / 4) + quad) * kPointwiseThreads + thread];
+  }
+  static __device__ __forceinline__ Value& Total(int output, int column, uint32_t thread) {
+    return Totals(output, column / 4, thread).value[column % 4];
   }
 
   // Called by all threads of a warp at once, those outside the matrix included.
   __device__ __forceinline__ void Add(const DeviceProgram& program, int index, const Fragment& at,
-                                      const float (&v)[Fragment::kSize]) const {
+                                      const Value (&v)[Fragment::kSize]) const {
     const DeviceOutput& output = program.output[index];
     if (output.sum == FXFUSE_SUM_COLUMNS) {
 #pragma unroll
       for (int g = 0; g < Fragment::kGroups; ++g) {
-        float sum = 0.0f;
+        Value sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           sum += at.Column(g) + j < program.columns ? v[g * kWidth + j] : 0.0f;
@@ -55,20 +64,33 @@ class BlockSums {
         }
         const bool writes = (threadIdx.x & (min(lanes_, 32u) - 1)) == 0;
         if (writes && at.Row(g) < program.rows) {
-          static_cast<float*>(output.data)[int64_t{at.Row(g)} * parts_ + part_] = sum;
+          static_cast<Value*>(output.data)[int64_t{at.Row(g)} * parts_ + part_] = sum;
         }
       }
       return;
     }
+    if (at.Column(0) >= program.columns) return;
+    const bool whole = at.Column(0) + kWidth <= program.columns;
+    Value sum[kWidth] = {};
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      float sum = 0.0f;
+    for (int g = 0; g < Fragment::kGroups; ++g) {
+      if (at.Row(g) >= program.rows) continue;
+      if (whole) {
 #pragma unroll
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        const bool inside = at.Row(g) < program.rows && at.Column(g) + j < program.columns;
-        sum += inside ? v[g * kWidth + j] : 0.0f;
+        for (int j = 0; j < kWidth; ++j) sum[j] += v[g * kWidth + j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          sum[j] += at.Column(g) + j < program.columns ? v[g * kWidth + j] : 0.0f;
+        }
       }
-      Total(index, j, threadIdx.x) += sum;
+    }
+#pragma unroll
+    for (int q = 0; q < kWidth / 4; ++q) {
+      Quad total = Totals(index, q, threadIdx.x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total.value[j] += sum[4 * q + j];
+      Totals(index, q, threadIdx.x) = total;
     }
   }
 
@@ -84,15 +106,24 @@ namespace {
 template <class Math_, int kWidth, int kGroups, bool kPrefetch_>
 struct PointwiseConfig {
   using Math = Math_;
+  using Value = typename Math::Value;
   using Fragment = RowFragment<kWidth, kGroups>;
+  using Arguments = PointwiseArgumentsOf<typename ProgramOver<Value>::Program>;
   static constexpr bool kPrefetch = kPrefetch_;
   // 80 registers a thread: 16 fragment values twice over (value and argument), as many words of
   // the next fragment, and addresses.
   static constexpr int kBlocksPerSm = 3;
 };
 
+// Gradients are long programs, for which time goes into instructions, not memory: more values a
+// thread, for fewer steps in all, and 128 registers for them.
+template <class Math, int kWidth, int kGroups>
+struct SumsConfig : PointwiseConfig<Math, kWidth, kGroups, false> {
+  static constexpr int kBlocksPerSm = 2;
+};
+
 // A fragment of the accumulator as it lies in memory: 16-bit elements fill half of the words.
-template <class Fragment>
+template <class Fragment, class Value>
 class RawFragment {
  public:
   __device__ __forceinline__ void Load(const PointwiseArguments& from, const Fragment& at) {
@@ -154,9 +185,44 @@ class RawFragment {
   uint32_t word_[Fragment::kGroups][Fragment::kWidth];
 };
 
+// In double precision nothing is fetched ahead, so its values are unpacked at once.
+template <class Fragment>
+class RawFragment<Fragment, double> {
+ public:
+  __device__ __forceinline__ void Load(const DoubleArguments& from, const Fragment& at) {
+    constexpr int kWidth = Fragment::kWidth;
+    int64_t offset[Fragment::kGroups];
+#pragma unroll
+    for (int g = 0; g < Fragment::kGroups; ++g) {
+      // Rows and columns past the end are read as the last ones and never stored.
+      offset[g] = min(at.Row(g), from.program.rows - 1) * from.row_stride;
+    }
+    if (from.vector && at.Column(0) + kWidth <= from.program.columns) {
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) offset[g] += at.Column(0);
+      LoadVectors<kWidth, Fragment::kGroups>(from.accumulator, from.dtype, offset, value_);
+      return;
+    }
+    int64_t each[Fragment::kSize];
+#pragma unroll
+    for (int i = 0; i < Fragment::kSize; ++i) {
+      each[i] = offset[i / kWidth] + min(at.Column(0) + i % kWidth, from.program.columns - 1);
+    }
+    LoadElements<Fragment::kSize>(from.accumulator, from.dtype, each, value_);
+  }
+
+  __device__ __forceinline__ void Unpack(int, double (&values)[Fragment::kSize]) const {
+#pragma unroll
+    for (int i = 0; i < Fragment::kSize; ++i) values[i] = value_[i];
+  }
+
+ private:
+  double value_[Fragment::kSize];
+};
+
 template <class Config>
 __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
-    PointwiseProgram(const __grid_constant__ PointwiseArguments arguments) {
+    PointwiseProgram(const __grid_constant__ typename Config::Arguments arguments) {
   using Fragment = typename Config::Fragment;
 
   // Setup. Blocks are numbered along the rows; each takes every gridDim.x-th, and its position
@@ -176,11 +242,11 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
 
   // Loads of one fragment (or the next), program and store.
   Fragment at = position();
-  RawFragment<Fragment> raw;
+  RawFragment<Fragment, typename Config::Value> raw;
   if constexpr (Config::kPrefetch) raw.Load(arguments, at);
 #pragma unroll 1
   while (row_block < arguments.row_blocks) {
-    float values[Fragment::kSize];
+    typename Config::Value values[Fragment::kSize];
     if constexpr (!Config::kPrefetch) raw.Load(arguments, at);
     raw.Unpack(arguments.dtype, values);
     const Fragment here = at;
@@ -210,11 +276,12 @@ __device__ __forceinline__ bool AddsRows(const DeviceProgram& program, int outpu
 // rows, so that it can add up columns.
 template <class Config>
 __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
-    PointwiseSums(const __grid_constant__ PointwiseArguments arguments) {
+    PointwiseSums(const __grid_constant__ typename Config::Arguments arguments) {
   using Fragment = typename Config::Fragment;
-  using Sums = BlockSums<Fragment>;
+  using Value = typename Config::Value;
+  using Sums = BlockSums<Fragment, Value>;
   constexpr int kWidth = Fragment::kWidth;
-  const DeviceProgram& program = arguments.program;
+  const auto& program = arguments.program;
 
   // Setup.
   const uint32_t lanes = 1u << arguments.log2_lanes;
@@ -239,9 +306,9 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
   for (uint32_t block = first; block < last; ++block) {
     const Fragment at(block * lines * Fragment::kGroups + line, lines,
                       (column_block * lanes + lane) * kWidth);
-    RawFragment<Fragment> raw;
+    RawFragment<Fragment, Value> raw;
     raw.Load(arguments, at);
-    float values[Fragment::kSize];
+    Value values[Fragment::kSize];
     raw.Unpack(arguments.dtype, values);
     Interpreter<Fragment, typename Config::Math, Sums, true>::Run(program, at, values, 0, sums);
   }
@@ -251,7 +318,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
 #pragma unroll 1
   for (int o = 0; o < program.output_count; ++o) {
     if (!AddsRows(program, o)) continue;
-    float* to = static_cast<float*>(program.output[o].data);
+    Value* to = static_cast<Value*>(program.output[o].data);
     if (program.output[o].sum == FXFUSE_SUM_ROWS) {
       for (uint32_t c = threadIdx.x; c < lanes * kWidth; c += kPointwiseThreads) {
         const uint32_t column = column_block * lanes * kWidth + c;
@@ -260,12 +327,12 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
         for (uint32_t i = 0; i < lines; ++i) {
           sum += Sums::Total(o, c % kWidth, i * lanes + c / kWidth);
         }
-        to[int64_t{strip} * program.columns + column] = static_cast<float>(sum);
+        to[int64_t{strip} * program.columns + column] = static_cast<Value>(sum);
       }
       continue;
     }
     if (threadIdx.x >= 32) continue;
-    float sum = 0.0f;
+    Value sum = 0.0f;
     for (int i = threadIdx.x; i < kPointwiseThreads; i += 32) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) sum += Sums::Total(o, j, i);
@@ -273,60 +340,26 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
     if (threadIdx.x < sums.segments()) {
       to[int64_t{strip} * sums.parts() + column_block * sums.segments() + threadIdx.x] =
-          threadIdx.x == 0 ? sum : 0.0f;
+          threadIdx.x == 0 ? sum : Value(0);
     }
   }
 }
 
 template <class Config>
-PointwiseKernel Describe(const char* name, MathLevel math) {
+PointwiseKernel Describe(const char* name) {
   using Fragment = typename Config::Fragment;
-  return {name,
-          reinterpret_cast<const void*>(&PointwiseProgram<Config>),
-          reinterpret_cast<const void*>(&PointwiseSums<Config>),
-          math,
-          Fragment::kWidth,
-          Fragment::kGroups};
+  const void* function = reinterpret_cast<const void*>(&PointwiseProgram<Config>);
+  return {name, function, Config::Math::kLevel, false, Fragment::kWidth, Fragment::kGroups};
+}
+
+template <class Config>
+PointwiseKernel DescribeSums(const char* name) {
+  using Fragment = typename Config::Fragment;
+  const void* function = reinterpret_cast<const void*>(&PointwiseSums<Config>);
+  return {name, function, Config::Math::kLevel, true, Fragment::kWidth, Fragment::kGroups};
 }
 
 }  // namespace
-
-const PointwiseKernel& PointwiseKernelFor(MathLevel math) {
-  static const PointwiseKernel kernels[kPointwiseKernels] = {
-      Describe<PointwiseConfig<DeviceFastMath, 8, 2, true>>("pointwise_fast", MathLevel::kFast),
-      Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half", MathLevel::kHalf),
-      Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact", MathLevel::kExact),
-  };
-  return kernels[static_cast<int>(math)];
-}
-
-PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n) {
-  const int64_t vectors = CeilDivide(n, kernel.width);
-  // As many threads side by side as waste at most an eighth of them at the end of the row, but a
-  // warp's worth where the row has it: short segments would not fill memory transactions.
-  int log2_lanes = 8;
-  static_assert(kPointwiseThreads == 1 << 8, "all of a block's threads in one row");
-  while (log2_lanes > 0) {
-    const int64_t lanes = int64_t{1} << log2_lanes;
-    const int64_t padded = CeilDivide(vectors, lanes) * lanes;
-    if (log2_lanes <= 5 && vectors >= lanes) break;
-    if (vectors >= lanes && (padded - vectors) * 8 <= padded) break;
-    --log2_lanes;
-  }
-  const int64_t lines = (kPointwiseThreads >> log2_lanes) * int64_t{kernel.groups};
-  return {log2_lanes, static_cast<uint32_t>(CeilDivide(vectors, int64_t{1} << log2_lanes)),
-          static_cast<uint32_t>(CeilDivide(m, lines))};
-}
-
-PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident) {
-  // Enough parts to fill the device, and no sum of too many terms one after another.
-  constexpr uint32_t kMaxStrip = 32;
-  const uint32_t wanted = static_cast<uint32_t>(CeilDivide(resident, grid.column_blocks));
-  const uint32_t even = static_cast<uint32_t>(CeilDivide(grid.row_blocks, wanted));
-  const uint32_t strip = even < kMaxStrip ? even : kMaxStrip;
-  const uint32_t segments = grid.log2_lanes > 5 ? 1u << (grid.log2_lanes - 5) : 1;
-  return {strip, static_cast<uint32_t>(CeilDivide(grid.row_blocks, strip)),
-          grid.column_blocks * segments};
-}
-
 }  // namespace fxfuse
+
+#endif  // FXFUSE_CUDA_POINTWISE_KERNEL_CUH_
