@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import formulas
+
 INF = math.inf
 
 
@@ -134,123 +136,43 @@ def _comparison(name: str) -> Op:
     )
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    # An absent bound is an infinity here; torch wants it absent, or an integer tensor would turn
-    # into a float one.
-    if low == -INF and high == INF:
-        return x
-    return torch.clamp(x, None if low == -INF else low, None if high == INF else high)
-
-
-def _same(x: Any, *_: float) -> Any:
-    return x
-
-
-def _like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if x.shape != target.shape:
-        raise RuntimeError(
-            f"an in-place op's result of shape {tuple(x.shape)} does not fit its tensor of shape "
-            f"{tuple(target.shape)}"
-        )
-    return x.to(target.dtype)
-
-
-def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    def cast(x: torch.Tensor) -> torch.Tensor:
-        return x.to(dtype)
-
-    return cast
-
-
 def _gradient(name: str, reference: Callable[..., Any], **rest: Any) -> Op:
     """What an activation makes of an incoming gradient; needs no spelling, `vjp` emits it."""
     return Op(name, 2, reference, arguments=("grad", "input"), **rest)
 
 
-def _matched(backward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """torch's own backward functions, which want their arguments alike."""
-
-    def reference(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.result_type(grad, x)
-        grad, x = torch.broadcast_tensors(grad.to(dtype), x.to(dtype))
-        return backward(grad.contiguous(), x.contiguous())
-
-    return reference
-
-
-def _silu_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(grad, x)
-    gate = torch.sigmoid(x)  # silu_backward itself has no derivative
-    return grad * gate * (1 + x * (1 - gate))
-
-
-def _gelu_grad(approximate: str) -> Callable[..., torch.Tensor]:
-    def backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
-
-    return _matched(backward)
-
-
-def _clamp_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return torch.where((x >= low) & (x <= high), grad, 0.0)
-
-
-def _hardtanh_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return torch.where((x <= low) | (x >= high), 0.0, grad)
-
-
-def _threshold_grad(grad: torch.Tensor, x: torch.Tensor, limit: float) -> torch.Tensor:
-    return torch.where(x <= limit, 0.0, grad)
-
-
-def _group_norm(x: torch.Tensor, weight: Any, bias: Any, groups: float, eps: float) -> torch.Tensor:
-    weight, bias = (t if isinstance(t, torch.Tensor) else None for t in (weight, bias))
-    return F.group_norm(x, int(groups), weight, bias, eps)
-
-
-def _normalize(x: torch.Tensor, groups: float, eps: float) -> torch.Tensor:
-    parts = x.unflatten(-1, (int(groups), -1))
-    return F.layer_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
-
-
-def _group_mean(x: torch.Tensor, groups: float) -> torch.Tensor:
-    parts = x.unflatten(-1, (int(groups), -1))
-    return parts.mean(-1, keepdim=True).expand(parts.shape).flatten(-2)
-
-
-def _normalize_grad(grad: torch.Tensor, x: torch.Tensor, groups: float, eps: float) -> torch.Tensor:
-    grad, x = torch.broadcast_tensors(grad, x)
-    center = x - _group_mean(x, groups)
-    rstd = torch.rsqrt(_group_mean(center.square(), groups) + eps)
-    normalized = center * rstd
-    slope = _group_mean(grad * normalized, groups)
-    return rstd * (grad - _group_mean(grad, groups) - normalized * slope)
-
-
 _ROWS: tuple[Op, ...] = (
-    Op("copy", 1, _same, range=_monotone(_same), modules=(nn.Identity,), aten=("alias", "clone")),
+    Op(
+        "copy",
+        1,
+        formulas.same,
+        range=_monotone(formulas.same),
+        modules=(nn.Identity,),
+        aten=("alias", "clone"),
+    ),
     # Dropout as it is in eval; `fused` splits the program around one that is active. `flag` is its
     # position among the call's training flags.
     Op(
         "dropout",
         1,
-        _same,
+        formulas.same,
         params=("p", "flag"),
         range=lambda x, *_: Interval(-INF if x.low < 0 else 0.0, INF if x.high > 0 else 0.0),
         kernel=False,
     ),
     # What an in-place op leaves in its tensor: the first argument in the dtype of the second.
-    Op("like", 2, _like, arguments=("input", "target"), kernel=False),
+    Op("like", 2, formulas.like, arguments=("input", "target"), kernel=False),
     # A view that keeps the last dimension; `shape` is its position among the call's view shapes.
-    Op("view", 1, _same, params=("shape",), range=_monotone(_same), kernel=False),
-    Op("cast_f32", 1, _cast(torch.float32), range=_monotone(_same), methods=("float",)),
-    Op("cast_f16", 1, _cast(torch.float16), methods=("half",)),
-    Op("cast_bf16", 1, _cast(torch.bfloat16), methods=("bfloat16",)),
+    Op("view", 1, formulas.same, params=("shape",), range=_monotone(formulas.same), kernel=False),
+    Op(
+        "cast_f32",
+        1,
+        formulas.cast(torch.float32),
+        range=_monotone(formulas.same),
+        methods=("float",),
+    ),
+    Op("cast_f16", 1, formulas.cast(torch.float16), methods=("half",)),
+    Op("cast_bf16", 1, formulas.cast(torch.bfloat16), methods=("bfloat16",)),
     # Activations.
     _activation(
         "relu",
@@ -280,7 +202,7 @@ _ROWS: tuple[Op, ...] = (
         "celu", F.celu, nn.CELU, params=("alpha",), defaults=(1.0,), functions=(torch.celu,)
     ),
     Op("gelu", 1, F.gelu),
-    Op("gelu_tanh", 1, _gelu_tanh),
+    Op("gelu_tanh", 1, formulas.gelu_tanh),
     _activation("silu", F.silu, nn.SiLU),
     _activation("mish", F.mish, nn.Mish),
     _activation(
@@ -303,7 +225,7 @@ _ROWS: tuple[Op, ...] = (
     ),
     _activation("hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, range=UNIT),
     _activation("hardswish", F.hardswish, nn.Hardswish),
-    Op("clamp", 1, _clamp, params=("min", "max"), defaults=(-INF, INF), range=_clamp_range),
+    Op("clamp", 1, formulas.clamp, params=("min", "max"), defaults=(-INF, INF), range=_clamp_range),
     # A clamp to the kernels. Its gradient is another: none at the bounds.
     _activation(
         "hardtanh",
@@ -419,24 +341,29 @@ _ROWS: tuple[Op, ...] = (
     Op(
         "group_norm",
         3,
-        _group_norm,
+        formulas.group_norm,
         params=("groups", "eps"),
         arguments=("input", "weight", "bias"),
         kernel=False,
     ),
-    Op("normalize", 1, _normalize, params=("groups", "eps")),
-    Op("group_mean", 1, _group_mean, params=("groups",)),
-    _gradient("normalize_grad", _normalize_grad, params=("groups", "eps")),
+    Op("normalize", 1, formulas.normalize, params=("groups", "eps")),
+    Op("group_mean", 1, formulas.group_mean, params=("groups",)),
+    _gradient("normalize_grad", formulas.normalize_grad, params=("groups", "eps")),
     # Gradients that would be long, or less accurate, as several instructions.
-    _gradient("gelu_grad", _gelu_grad("none")),
-    _gradient("gelu_tanh_grad", _gelu_grad("tanh")),
-    _gradient("silu_grad", _matched(_silu_grad)),
+    _gradient("gelu_grad", formulas.gelu_grad("none")),
+    _gradient("gelu_tanh_grad", formulas.gelu_grad("tanh")),
+    _gradient("silu_grad", formulas.matched(formulas.silu_grad)),
     # Of these two the second argument is the result of the op they differentiate.
-    _gradient("tanh_grad", _matched(torch.ops.aten.tanh_backward)),
-    _gradient("sigmoid_grad", _matched(torch.ops.aten.sigmoid_backward)),
-    _gradient("hardtanh_grad", _hardtanh_grad, params=("min_val", "max_val"), defaults=(-1.0, 1.0)),
-    _gradient("clamp_grad", _clamp_grad, params=("min", "max"), defaults=(-INF, INF)),
-    _gradient("threshold_grad", _threshold_grad, params=("threshold",), defaults=(0.0,)),
+    _gradient("tanh_grad", formulas.matched(torch.ops.aten.tanh_backward)),
+    _gradient("sigmoid_grad", formulas.matched(torch.ops.aten.sigmoid_backward)),
+    _gradient(
+        "hardtanh_grad",
+        formulas.hardtanh_grad,
+        params=("min_val", "max_val"),
+        defaults=(-1.0, 1.0),
+    ),
+    _gradient("clamp_grad", formulas.clamp_grad, params=("min", "max"), defaults=(-INF, INF)),
+    _gradient("threshold_grad", formulas.threshold_grad, params=("threshold",), defaults=(0.0,)),
 )
 
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}

@@ -21,6 +21,7 @@ PARAMS = {
     "softplus": (1.5, 3.0),
     "clamp": (-1.0, 0.5),
     "clamp_grad": (-1.0, 0.5),
+    "hardtanh_grad": (-1.0, 0.5),
     "hardshrink": (0.4,),
     "softshrink": (0.4,),
     "threshold": (0.1, -0.3),

@@ -28,7 +28,7 @@ RELU = "t1 = relu acc; store t1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 PARAMS = {"threshold": (0.5, -2.0), "clamp": (-0.75, 1.5), "softplus": (2.0, 20.0)}
-PARAMS |= {"clamp_grad": (-0.75, 1.5)}
+PARAMS |= {"clamp_grad": (-0.75, 1.5), "hardtanh_grad": (-0.75, 1.5)}
 
 
 @pytest.fixture(autouse=True)

@@ -146,7 +146,7 @@ SPECIAL = [0.0, 1.0, 0.5, 1.5, 2.5, 3.0, 6.0, 20.0, 88.0, 104.0, 708.0, 746.0, 1
 SPECIAL += [1e-20, 1e-300, 5e-324, 1e30, 65519.0, 65520.0, math.inf]
 SPECIAL += [-x for x in SPECIAL] + [math.nan]
 PARAMS = {"threshold": (0.3, -2.1), "clamp": (-0.7, 1.3), "softplus": (2.1, 20.3)}
-PARAMS |= {"clamp_grad": (-0.7, 1.3), "celu": (1.3,), "elu": (1.3,)}
+PARAMS |= {"clamp_grad": (-0.7, 1.3), "hardtanh_grad": (-0.7, 1.3), "celu": (1.3,), "elu": (1.3,)}
 # Of these torch's own formula cancels, or loses a tail, by more than 1e-14 of a result; they are
 # held to torch by 1e-14 of their terms here, and to what is right by the tests of tails.
 CANCELLING = {"gelu", "gelu_tanh", "tanhshrink", "lerp", "mish", "softplus", "logsigmoid"}

@@ -37,6 +37,7 @@ PARAMS = {
     "softshrink": (0.5,),
     "threshold": (0.1, 2.0),
     "clamp_grad": (-1.0, 1.0),
+    "hardtanh_grad": (-1.0, 1.0),
     "threshold_grad": (0.1,),
 }
 POSITIVE = {"log", "log2", "log10", "sqrt", "rsqrt", "pow"}

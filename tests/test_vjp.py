@@ -21,7 +21,7 @@ from fxfuse import cli, reference
 from fxfuse.derivatives import DERIVATIVES
 from fxfuse.errors import ProgramError
 from fxfuse.fused import fused_pointwise, routes_taken
-from fxfuse.lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, lower
+from fxfuse.lower import MAX_INSTRUCTIONS, MAX_OPERANDS, MAX_OUTPUTS, MAX_SLOTS, lower
 from fxfuse.ops import COMPARISONS, OPS
 from fxfuse.program import ACC, Operand, Program, Value, parse
 from fxfuse.schedule import schedule
@@ -214,7 +214,8 @@ def check_close(found: dict, expected: dict) -> None:
     for variable, gradient in expected.items():
         # Where torch multiplies a zero gradient by infinity, ours has stopped at the zero.
         ours = torch.where(gradient.isfinite(), found[variable], gradient)
-        torch.testing.assert_close(ours, gradient, rtol=1e-6, atol=1e-9, equal_nan=True)
+        # torch's hardsigmoid takes a sixth in float32, and what it leaves of a term may cancel.
+        torch.testing.assert_close(ours, gradient, rtol=1e-6, atol=5e-8, equal_nan=True)
 
 
 def check_chain(program: Program, rows: int = 7, columns: int = 12) -> None:
@@ -528,7 +529,11 @@ def slots(program: Program) -> int:
         return 99
 
 
-def test_schedule_computes_the_same_in_fewer_slots() -> None:
+def kept(program: Program) -> int:
+    return sum(step.save >= 0 for step in lower(program))
+
+
+def test_schedule_computes_the_same_and_keeps_less_in_slots() -> None:
     before, after = [], []
     for seed in range(200):
         program = drawn(seed)
@@ -542,9 +547,11 @@ def test_schedule_computes_the_same_in_fewer_slots() -> None:
             reference.run(program, z, operands), reference.run(ordered, z, operands), strict=True
         ):
             assert same(a.double(), b.double()).all()
-        before.append(slots(program))
-        after.append(slots(ordered))
-    assert all(a <= b for a, b in zip(after, before, strict=True))
+        assert slots(ordered) <= max(slots(program), MAX_SLOTS)
+        if slots(program) <= MAX_SLOTS:
+            before.append(kept(program))
+            after.append(kept(ordered))
+    assert len(before) > 100
     assert sum(after) < sum(before)
 
 

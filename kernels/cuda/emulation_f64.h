@@ -184,8 +184,14 @@ inline long double Expected(Opcode op, long double a, long double b, long double
       return a * (Sigmoid(b) + b * Sigmoid(b) * Sigmoid(-b));
     case Opcode::clamp_grad:
       return b >= p0 && b <= p1 ? a : 0;
+    case Opcode::hardtanh_grad:
+      return b <= p0 || b >= p1 ? 0 : a;
     case Opcode::threshold_grad:
       return b <= p0 ? 0 : a;
+    case Opcode::tanh_grad:
+      return a * (1 - b * b);
+    case Opcode::sigmoid_grad:
+      return a * (1 - b) * b;
   }
   return NAN;
 }
@@ -209,6 +215,9 @@ inline double Terms(Opcode op, double a, double b, double c) {
   switch (op) {
     case Opcode::lerp:
       return (std::abs(a) + std::abs(b)) * (1 + std::abs(c));
+    case Opcode::tanh_grad:
+    case Opcode::sigmoid_grad:
+      return std::abs(a) * (1 + b * b);
     case Opcode::gelu_grad:
     case Opcode::gelu_tanh_grad:
     case Opcode::silu_grad:
@@ -244,7 +253,7 @@ inline std::vector<double> RunDouble(Opcode op, int64_t rows, int64_t columns,
   pointers[FXFUSE_PTR_OPERAND + 1] = const_cast<double*>(c.data());
   pointers[FXFUSE_PTR_OUTPUT] = out.data();
 
-  const PointwiseGrid grid = DividePointwise(PointwiseF64(), rows, columns);
+  const PointwiseGrid grid = DividePointwise(PointwiseF64()[0], rows, columns);
   DoubleArguments arguments = {};
   arguments.accumulator = a.data();
   arguments.row_stride = columns;

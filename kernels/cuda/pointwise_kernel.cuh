@@ -346,17 +346,17 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
 }
 
 template <class Config>
-PointwiseKernel Describe(const char* name) {
+PointwiseKernel Describe(const char* name, MathLevel math) {
   using Fragment = typename Config::Fragment;
   const void* function = reinterpret_cast<const void*>(&PointwiseProgram<Config>);
-  return {name, function, Config::Math::kLevel, false, Fragment::kWidth, Fragment::kGroups};
+  return {name, function, math, false, Fragment::kWidth, Fragment::kGroups};
 }
 
 template <class Config>
-PointwiseKernel DescribeSums(const char* name) {
+PointwiseKernel DescribeSums(const char* name, MathLevel math) {
   using Fragment = typename Config::Fragment;
   const void* function = reinterpret_cast<const void*>(&PointwiseSums<Config>);
-  return {name, function, Config::Math::kLevel, true, Fragment::kWidth, Fragment::kGroups};
+  return {name, function, math, true, Fragment::kWidth, Fragment::kGroups};
 }
 
 }  // namespace
