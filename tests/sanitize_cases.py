@@ -194,6 +194,32 @@ def sums_cases() -> Iterator[tuple[str, bool]]:
         yield f"backward {dtype} {m}x{n}x{k}", all(close(g, t, dtype) for g, t in grads)
 
 
+def norm_cases() -> Iterator[tuple[str, bool]]:
+    """Norms over groups of columns by every route, and their gradients."""
+    sizes = ((130, 256, 72, 8), (17, 128, 64, 1), (65, 64, 40, 8), (300, 320, 64, 5))
+    for dtype, (m, n, k, groups) in itertools.product((*DTYPES, torch.float64), sizes):
+        program = f"t1 = group_norm acc, $0, $1, {groups}.0, 1e-05; t2 = silu t1; store t2"
+        tensors = [randn(*s, dtype=dtype).requires_grad_() for s in ((m, k), (n, k), *[(n,)] * 3)]
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        exact = F.silu(F.group_norm(F.linear(*wide[:3]), groups, *wide[3:]))
+        x, weight, bias, *rows = tensors
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            torch.set_float32_matmul_precision(precision)
+            found = fused_linear(x, weight, bias, rows, program)
+            name = f"norm {dtype} {precision} {m}x{n}x{k} of {groups}"
+            yield name, close(found, exact, dtype)
+            seed = randn(m, n, dtype=dtype)
+            grads = zip(
+                torch.autograd.grad(found, tensors, seed),
+                torch.autograd.grad(exact, wide, seed.double(), retain_graph=True),
+                strict=True,
+            )
+            yield f"{name}, gradients", all(close(g, t, dtype, 2.0) for g, t in grads)
+        with forced_route("cublas"), torch.no_grad():
+            found = fused_linear(x, weight, bias, rows, program)
+        yield f"norm {dtype} cublas {m}x{n}x{k} of {groups}", close(found, exact, dtype)
+
+
 def split_cases() -> Iterator[tuple[str, bool]]:
     """Rows in registers, rows read twice and turned tiles; each beside a matrix of few columns."""
     for planes, (m, k) in itertools.product((1, 2), ((3, 40000), (130, 264), (67, 33), (9, 9001))):
@@ -220,8 +246,8 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     passed, wrong = 0, []
-    cases = [gemm_cases(), skinny_cases(), pointwise_cases(), sums_cases(), split_cases()]
-    cases.append(planes_cases("portable"))
+    cases = [gemm_cases(), skinny_cases(), pointwise_cases(), sums_cases(), norm_cases()]
+    cases += [split_cases(), planes_cases("portable")]
     if torch.cuda.get_device_capability() == (9, 0):
         cases += [hopper_cases(), planes_cases("hopper")]
     for name, right in itertools.chain(*cases):
