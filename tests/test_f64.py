@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_abi import Cpu, Step, layout, operand, path
+from helpers_programs import POINTWISE_KERNEL_OPS
 from torch import nn
 
 import fxfuse
@@ -17,7 +18,7 @@ from fxfuse.fused import forced_route, fused_linear, fused_pointwise
 from fxfuse.infer import Store
 from fxfuse.library import Gemm, OperandLayout
 from fxfuse.lower import lower
-from fxfuse.ops import COMPARISONS, KERNEL_OPS, OPS
+from fxfuse.ops import COMPARISONS, OPS
 from fxfuse.program import parse
 from fxfuse.recipes import Static
 from fxfuse.vjp import Reduction
@@ -164,7 +165,7 @@ def one_op(name):
 
 
 @gpu
-@pytest.mark.parametrize("name", KERNEL_OPS)
+@pytest.mark.parametrize("name", POINTWISE_KERNEL_OPS)
 def test_every_op_is_torchs_in_float64(name):
     program = one_op(name)
     values = torch.tensor(SPECIAL, dtype=torch.float64, device="cuda")
@@ -199,7 +200,9 @@ def test_every_op_is_torchs_in_float64(name):
         slack = sum((t.nan_to_num().abs() for t in operands), x.nan_to_num().abs())[finite] + 1
         slack = 1e-14 * slack
     error = (found - eager)[finite].abs()
-    assert (error <= 1e-14 * eager[finite].abs() + slack).all(), (name, error.max())
+    # torch's kernels take the sixth of these as a float.
+    relative = 4e-8 if name in ("hardsigmoid", "hardswish") else 1e-14
+    assert (error <= relative * eager[finite].abs() + slack).all(), (name, error.max())
 
 
 TAILS = {

@@ -119,7 +119,10 @@ def two_norms(m: Any, x: Any) -> Any:
 
 
 def functional(weight: str, bias: str) -> Callable[[Any, Any], Any]:
-    return lambda m, x: F.group_norm(m.fc(x), m.groups, getattr(m, weight), getattr(m, bias)).relu()
+    def call(m: Any, x: Any) -> Any:
+        return F.silu(F.group_norm(m.fc(x), m.groups, getattr(m, weight), getattr(m, bias)))
+
+    return call
 
 
 PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -132,16 +135,16 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "value before is used": (value_before_is_used, "group_norm -> silu -> mul", {}),
     "its result is used": (norms_result_is_used, "group_norm -> silu", {}),
     "two norms": (two_norms, "group_norm -> relu -> group_norm -> mul", {}),
-    "parameters": (functional("row", "row"), "group_norm -> relu", {}),
-    "buffers": (functional("scale", "shift"), "group_norm -> relu", {}),
+    "parameters": (functional("row", "row"), "group_norm -> silu", {}),
+    "buffers": (functional("scale", "shift"), "group_norm -> silu", {}),
     "computed parameters": (
-        lambda m, x: F.group_norm(m.fc(x), m.groups, m.row.exp(), m.fc.weight[:, 3]).relu(),
-        "group_norm -> relu",
+        lambda m, x: F.silu(F.group_norm(m.fc(x), m.groups, m.row.exp(), m.fc.weight[:, 3])),
+        "group_norm -> silu",
         {},
     ),
     "by names": (
-        lambda m, x: F.group_norm(input=m.fc(x), num_groups=4, weight=m.row, eps=0.1).relu(),
-        "group_norm -> relu",
+        lambda m, x: F.silu(F.group_norm(input=m.fc(x), num_groups=4, weight=m.row, eps=0.1)),
+        "group_norm -> silu",
         {},
     ),
     "in place": (
