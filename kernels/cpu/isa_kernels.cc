@@ -57,56 +57,110 @@ void Loop(float* out, const float* a, const float* b, const float* c, float p0, 
 
 // Groups of adjacent columns ----------------------------------------------------------------------
 
-// The sum of term(i) for i < count, in an order that is the same for every instruction set.
-template <class Term>
-FXFUSE_HD float Total(int count, const Term& term) {
-  float lane[kLane] = {};
-  int i = 0;
-  for (; i + kLane <= count; i += kLane) {
-    FXFUSE_SIMD
-    for (int j = 0; j < kLane; ++j) lane[j] += term(i + j);
-  }
-  for (int j = 0; i + j < count; ++j) lane[j] += term(i + j);
-  for (int half = kLane / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
-  }
-  return lane[0];
-}
+// One group at a time, element by element.
+struct ScalarGroups {
+  using Value = float;
+  static constexpr int kStep = 1;
+  static FXFUSE_HD Value Load(const float* from) { return *from; }
+  static FXFUSE_HD void Store(float* to, Value x) { *to = x; }
+  static FXFUSE_HD Value InverseRoot(Value x) { return 1.0f / __builtin_sqrtf(x); }
 
-// x - mean is (x - mean) - rest: the mean is taken twice, of what the first leaves, the second
-// takes what rounding took, or a constant row would not be zero.
-struct Moments {
-  float mean, rest, rstd;
-  FXFUSE_HD float Normalized(float x) const { return (x - mean - rest) * rstd; }
+  // The sum of term(i) for i < width, in the order of VectorGroups.
+  template <class Term>
+  static FXFUSE_HD Value Total(int width, const Term& term) {
+    float lane[kLane] = {};
+    for (int i = 0; i < width; ++i) lane[i % kLane] += term(i);
+    for (int half = kLane / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    }
+    return lane[0];
+  }
 };
-FXFUSE_HD Moments MomentsOf(const float* x, int width, float eps) {
-  const float count = static_cast<float>(width);
-  const float mean = Total(width, [&](int i) { return x[i]; }) / count;
-  const float rest = Total(width, [&](int i) { return x[i] - mean; }) / count;
-  const float squares =
-      Total(width, [&](int i) { return (x[i] - mean - rest) * (x[i] - mean - rest); });
-  return {mean, rest, 1.0f / __builtin_sqrtf(squares / count + eps)};
-}
 
-// A group's result, from its arguments `a` and, where there is one, `b`.
-template <Opcode op>
-FXFUSE_HD void RunGroup(float* out, const float* a, const float* b, int width, float eps) {
-  const float count = static_cast<float>(width);
+// Groups of whole vectors one at a time; of 8, 4, 2 or 1 elements, as many as fill a vector.
+struct VectorGroups {
+  typedef float Value __attribute__((vector_size(kLane * sizeof(float))));
+  static constexpr int kStep = kLane;
+  static FXFUSE_HD Value Load(const float* from) {
+    Value x;
+    memcpy(&x, from, sizeof(x));
+    return x;
+  }
+  static FXFUSE_HD void Store(float* to, Value x) { memcpy(to, &x, sizeof(x)); }
+  static FXFUSE_HD Value InverseRoot(Value x) {
+    for (int j = 0; j < kLane; ++j) x[j] = 1.0f / __builtin_sqrtf(x[j]);
+    return x;
+  }
+
+  static bool Serve(int width) {
+    return width % kLane == 0 || (width < kLane && (width & (width - 1)) == 0);
+  }
+
+  // For every lane the sum over its group of term(i), of all elements from i on.
+  template <class Term>
+  static FXFUSE_HD Value Total(int width, const Term& term) {
+    Value sum = term(0);
+    for (int i = kLane; i < width; i += kLane) sum += term(i);
+    if (width > 8) sum += Exchanged<8>(sum);
+    if (width > 4) sum += Exchanged<4>(sum);
+    if (width > 2) sum += Exchanged<2>(sum);
+    return width > 1 ? sum + Exchanged<1>(sum) : sum;
+  }
+
+ private:
+  // Lane j has what lane j ^ kBit had.
+  template <int kBit>
+  static FXFUSE_HD Value Exchanged(Value x) {
+    static_assert(kLane == 16, "the lanes below");
+    return __builtin_shufflevector(x, x, 0 ^ kBit, 1 ^ kBit, 2 ^ kBit, 3 ^ kBit, 4 ^ kBit, 5 ^ kBit,
+                                   6 ^ kBit, 7 ^ kBit, 8 ^ kBit, 9 ^ kBit, 10 ^ kBit, 11 ^ kBit,
+                                   12 ^ kBit, 13 ^ kBit, 14 ^ kBit, 15 ^ kBit);
+  }
+};
+
+// The moments of a group. The mean is taken twice: of what the first leaves, the second takes what
+// rounding took, or a constant row would not be zero.
+template <class Groups>
+struct Moments {
+  using Value = typename Groups::Value;
+  Value mean, rest, rstd;
+
+  FXFUSE_HD Moments(const float* x, int width, float eps) {
+    const float each = 1.0f / static_cast<float>(width);
+    mean = Groups::Total(width, [&](int i) { return Groups::Load(x + i); }) * each;
+    rest = Groups::Total(width, [&](int i) { return Groups::Load(x + i) - mean; }) * each;
+    const auto square = [&](int i) {
+      const Value centered = Groups::Load(x + i) - mean - rest;
+      return centered * centered;
+    };
+    rstd = Groups::InverseRoot(Groups::Total(width, square) * each + eps);
+  }
+  FXFUSE_HD Value Normalized(const float* x) const {
+    return (Groups::Load(x) - mean - rest) * rstd;
+  }
+};
+
+// Results of the groups that are taken at a time, from arguments `a` and, where there is one, `b`.
+template <Opcode op, class Groups>
+FXFUSE_HD void RunGroups(float* out, const float* a, const float* b, int width, float eps) {
+  using Value = typename Groups::Value;
+  const float each = 1.0f / static_cast<float>(width);
   if constexpr (op == Opcode::normalize) {
-    const Moments x = MomentsOf(a, width, eps);
-    FXFUSE_SIMD
-    for (int i = 0; i < width; ++i) out[i] = x.Normalized(a[i]);
-  } else if constexpr (op == Opcode::normalize_grad) {
-    const Moments x = MomentsOf(b, width, eps);
-    const auto normalized = [&](int i) { return x.Normalized(b[i]); };
-    const float mean = Total(width, [&](int i) { return a[i]; }) / count;
-    const float slope = Total(width, [&](int i) { return a[i] * normalized(i); }) / count;
-    FXFUSE_SIMD
-    for (int i = 0; i < width; ++i) out[i] = x.rstd * (a[i] - mean - normalized(i) * slope);
-  } else {
-    static_assert(op == Opcode::group_mean, "the last of them");
-    const float mean = Total(width, [&](int i) { return a[i]; }) / count;
-    for (int i = 0; i < width; ++i) out[i] = mean;
+    const Moments<Groups> x(a, width, eps);
+    for (int i = 0; i < width; i += Groups::kStep) Groups::Store(out + i, x.Normalized(a + i));
+    return;
+  }
+  const auto load = [&](int i) { return Groups::Load(a + i); };
+  const Value mean = Groups::Total(width, load) * each;
+  if constexpr (op == Opcode::normalize_grad) {
+    const Moments<Groups> x(b, width, eps);
+    const auto weighted = [&](int i) { return load(i) * x.Normalized(b + i); };
+    const Value slope = Groups::Total(width, weighted) * each;
+    for (int i = 0; i < width; i += Groups::kStep) {
+      Groups::Store(out + i, x.rstd * (load(i) - mean - x.Normalized(b + i) * slope));
+    }
+  } else if constexpr (op == Opcode::group_mean) {
+    for (int i = 0; i < width; i += Groups::kStep) Groups::Store(out + i, mean);
   }
 }
 
@@ -114,8 +168,15 @@ template <Opcode op>
 void GroupLoop(float* out, const float* a, const float* b, const float*, float p0, float p1,
                int count) {
   const int width = static_cast<int>(p0);
+  if (VectorGroups::Serve(width)) {
+    const int step = width < kLane ? kLane : width;
+    for (int i = 0; i + step <= count; i += step) {
+      RunGroups<op, VectorGroups>(out + i, a + i, b + i, width, p1);
+    }
+    return;
+  }
   for (int i = 0; i + width <= count; i += width) {
-    RunGroup<op>(out + i, a + i, b + i, width, p1);
+    RunGroups<op, ScalarGroups>(out + i, a + i, b + i, width, p1);
   }
 }
 
