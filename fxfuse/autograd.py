@@ -15,10 +15,11 @@ autograd finds its way through it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import recipes, reference
 from .backward import BIAS, WEIGHT, Plan, Saved, Work, X, Z, plan, work
@@ -26,7 +27,15 @@ from .infer import Tensors
 from .program import ACC, BARE, Operand
 from .recipes import Static
 from .routes import reduced
-from .torch_ops import VIEW_TRACKING, any_autocast, by_reference
+from .torch_ops import (
+    VIEW_TRACKING,
+    any_autocast,
+    below_autograd,
+    by_reference,
+    dispatch,
+    recomputing,
+    register,
+)
 from .vjp import Incoming, Reduction, Source, Stored, Variable
 
 Given = dict[Saved | Incoming, torch.Tensor]
@@ -52,7 +61,7 @@ def differentiable(
     except RuntimeError:  # a sparse tensor has no strides
         found = None
     else:
-        found = recipes.remembered(key, lambda: plan(x, weight, bias, operands, static))
+        found = recipes.remembered(key, lambda: _plan(x, weight, bias, operands, static))
     if found is None:
         return by_reference(x, weight, bias, operands, static)
     link = _Link(x, weight, bias, operands)
@@ -60,6 +69,55 @@ def differentiable(
     if weight is not None:
         z = _Product.apply(found, link, x, weight, bias) if any(needs[:3]) else None
     return _Chain.apply(found, link, z, *operands)[: found.outputs]
+
+
+def _plan(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    operands: Tensors,
+    static: Static,
+) -> Plan | None:
+    """`plan`, of which whoever traces the call sees nothing."""
+    with _disable_current_modes():
+        # While a graph is compiled nobody is told what autograd saves, which a plan asks.
+        before = _hooks_while_tracing(False)
+        try:
+            return plan(x, weight, bias, operands, static)
+        finally:
+            _hooks_while_tracing(before)
+
+
+_hooks_while_tracing = getattr(
+    torch._C._autograd, "_saved_tensors_hooks_set_tracing", lambda tracing: tracing
+)
+
+
+def _traced(tensor: torch.Tensor) -> bool:
+    """Whether a call with this tensor is being compiled: then it runs as ops that can be seen."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or _dispatch_modes() > 0
+
+
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def _differentiable_op(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    operands: Tensors,
+    static: Static,
+) -> Sequence[torch.Tensor]:
+    """The ops of `torch_ops` for autograd."""
+    tensors = [t for t in (x, weight, bias, *operands) if t is not None]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return list(below_autograd(x, weight, bias, operands, static))
+    if any(isinstance(n, torch.SymInt) for t in tensors for n in (*t.shape, *t.stride())):
+        return recomputing(x, weight, bias, operands, static)
+    return list(differentiable(x, weight, bias, operands, static))
+
+
+register("Autograd", _differentiable_op)
 
 
 class _Link:
@@ -77,6 +135,7 @@ class _Link:
         operands: Tensors,
     ) -> None:
         self.tensors: Any = (x, weight, bias, operands)
+        self.traced = _traced(x)
         self.outputs: list[torch.Tensor] | None = None
         self.dz: torch.Tensor | None = None
         self.db: torch.Tensor | None = None
@@ -85,6 +144,9 @@ class _Link:
         # Reshapes inside the call are nobody's business: an output that counts as a view could not
         # be written in place.
         with torch._C._ExcludeDispatchKeyGuard(VIEW_TRACKING):
+            if self.traced:
+                x, weight, bias, operands = self.tensors
+                return list(below_autograd(x, weight, bias, operands, made.forward))
             return made.recipe.run(*self.tensors)
 
 
@@ -98,9 +160,15 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     transposed = b.stride(1) == 1
     weight = b if transposed else b.t()
     static = Static(BARE, transposed, (), (), "a backward's product")
-    needed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    serve = differentiable if needed else recipes.run
-    return serve(a, weight, None, (), static)[0]
+    return _serve(a, (a, b))(a, weight, None, (), static)[0]
+
+
+def _serve(tensor: torch.Tensor, tensors: Tensors) -> Callable[..., Sequence[torch.Tensor]]:
+    """What runs a call with these tensors, among them `tensor`, in a backward."""
+    if _traced(tensor):
+        return dispatch
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return differentiable if needed else recipes.run
 
 
 class _Product(torch.autograd.Function):
@@ -193,7 +261,8 @@ class _Chain(torch.autograd.Function):
         done = work(made, incoming, wrt)
         with _as_forward(given[Incoming(incoming[0])]):
             again = torch.is_grad_enabled()
-            summed = _recorded(made, done, given) if again else _run(made, done, given)
+            seen = again or ctx.link.traced
+            summed = _recorded(made, done, given) if seen else _run(made, done, given)
             dz, *rest = _gradients(made, wrt, given, summed, ctx.shapes, ctx.dtypes)
         if not again:
             ctx.link.dz, ctx.link.db = dz, summed.get((ACC, Reduction.ROWS))
@@ -303,13 +372,12 @@ def _narrow(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _recorded(made: Plan, done: Work, given: Given) -> Summed:
-    """The gradients, each whole, by a call that is differentiable in turn."""
+    """The gradients, each whole, by a call that can be differentiated in turn, or compiled."""
     outputs: Sequence[torch.Tensor] = ()
     if done.plain is not None:
         acc = _source(made, given, done.backward.acc)
         operands = [_source(made, given, s) for s in done.backward.operands]
-        needed = any(t.requires_grad for t in (acc, *operands))
-        serve = differentiable if needed else recipes.run
+        serve = _serve(acc, (acc, *operands))
         outputs = serve(acc, None, None, operands, done.plain)
     whole = {
         g.of: outputs[g.by] if isinstance(g.by, int) else _source(made, given, g.by)

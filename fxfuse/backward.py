@@ -32,17 +32,18 @@ Found = dict[tuple[Variable, Reduction], tuple[int | Incoming, Reduction]]
 class Plan:
     """How the fused call `static` is differentiated.
 
-    recipe: of the call with what is kept as further outputs; the first `outputs` are the caller's,
-    and z, where it is kept, the last. program: as the chain's backward sees it, over an accumulator
-    of `shape` and `dtype`, with kept values other than z as outputs. needs: whether x, weight, bias
-    and each operand need a gradient. asked: the gradients of the program's variables, with the sum
-    each needs and the dtype to have it in. flat: variables whose gradient is zero, whatever comes
-    in. saved: what the chain's backward is given. from_z: it starts from z (`vjp`), which
-    `recompute` says is computed again; else from outputs (`without_z`), of which it may read
-    `stored`. works: what to run for each set of incoming and wanted gradients met so far.
+    forward: the call with what is kept as further outputs; the first `outputs` are the caller's,
+    and z, where it is kept, the last. recipe: its. program: as the chain's backward sees it, over
+    an accumulator of `shape` and `dtype`, with kept values other than z as outputs. needs: whether
+    x, weight, bias and each operand need a gradient. asked: the gradients of the program's
+    variables, with the sum each needs and the dtype to have it in. flat: variables whose gradient
+    is zero, whatever comes in. saved: what the chain's backward is given. from_z: it starts from z
+    (`vjp`), which `recompute` says is computed again; else from outputs (`without_z`), of which it
+    may read `stored`. works: what to run for each set of incoming and wanted gradients met so far.
     """
 
     static: Static
+    forward: Static
     recipe: Recipe
     transposed: bool
     outputs: int
@@ -116,8 +117,11 @@ def plan(
         recipes.note(static, "reference", refusal)
         recipes.note_backward(static, f"reference: {refusal}")
         return None
+    forward = static
     if choice.kept:
-        recipe = routes.prepare(replace(call, program=storing(call.program, choice.kept)))
+        wide = storing(call.program, choice.kept)
+        forward = static._replace(program=str(wide))
+        recipe = routes.prepare(replace(call, program=wide))
     recipes.note(static, recipe.route, recipe.reason)
     words = in_words(call.program, choice) if refusal is None else f"reference: {refusal}"
     recipes.note_backward(static, words)
@@ -125,6 +129,7 @@ def plan(
     program = flat.program if keeps_z else storing(flat.program, choice.kept)
     return Plan(
         static=static,
+        forward=forward,
         recipe=recipe,
         outputs=len(call.program.outputs),
         transposed=static.transposed,

@@ -1,8 +1,8 @@
 """`torch.ops.fxfuse.linear` and `.pointwise`: the fused call as torch sees it.
 
 Compiling, exporting and tracing record these ops. They are registered for the CPU and CUDA (by
-recipe), for meta and fake tensors, for autograd and autocast. The program travels as text, the
-views of a chain as one list of lengths and sizes.
+recipe), for meta and fake tensors and autocast, and by `autograd` for autograd. The program travels
+as text, the views of a chain as one list of lengths and sizes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 class _Fused(torch.autograd.Function):
-    """Forward by the kernels, backward through the reference, recomputed from the inputs.
+    """Forward by the kernels, backward through the reference, recomputed from the inputs: where a
+    call is compiled for shapes that are not known.
 
     The gradient of a gradient works, too: with `create_graph` the recomputation is recorded.
     """
@@ -126,9 +127,10 @@ class _Fused(torch.autograd.Function):
         return (None, None, *(next(found) if n else None for n in needed))
 
 
-def _below_autograd(
+def below_autograd(
     x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static
 ) -> Sequence[torch.Tensor]:
+    """Call the op where autograd has been seen to."""
     with torch._C._AutoDispatchBelowAutograd():
         return dispatch(x, weight, bias, operands, static)
 
@@ -142,15 +144,20 @@ def _meta(
     return [o.new_empty(o.shape) for o in outputs]
 
 
-def _autograd(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
-    return list(_Fused.apply(_below_autograd, static, x, weight, bias, *operands))
+def recomputing(
+    x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static
+) -> list[torch.Tensor]:
+    """The outputs, differentiable whatever the shapes are."""
+    return list(_Fused.apply(below_autograd, static, x, weight, bias, *operands))
 
 
 def _autocast(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
     return list(by_reference(x, weight, bias, operands, static))
 
 
-def _register(key: str, implementation: Callable[..., Any]) -> None:
+def register(key: str, implementation: Callable[..., Any]) -> None:
+    """Serve both ops by `implementation` for a dispatch key."""
+
     def linear(x, weight, bias, operands, program, transposed, views, site):  # type: ignore
         static = Static(program, transposed, (), unpack_views(views), site)
         return implementation(x, weight, bias, operands, static)
@@ -167,8 +174,7 @@ for _key, _implementation in {
     "CPU": recipes.run,
     "CUDA": recipes.run,
     "Meta": _meta,
-    "Autograd": _autograd,
     "AutocastCPU": _autocast,
     "AutocastCUDA": _autocast,
 }.items():
-    _register(_key, _implementation)
+    register(_key, _implementation)

@@ -10,6 +10,14 @@ import torch
 from fxfuse import recipes
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, then a CUDA device where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
 @pytest.fixture
 def full_precision() -> Iterator[None]:
     """A seed, fp32 products at full precision, and no recipes from before; for `usefixtures`."""

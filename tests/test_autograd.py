@@ -28,7 +28,6 @@ from fxfuse.program import parse
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not path().exists(), reason=f"{path()} is not built")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXAMPLES = [
     "add_relu",
     "swish_clamp_tanh",
@@ -47,13 +46,6 @@ SHAPES = {
 }
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
 TWO = "t1 = tanh acc; t2 = mul t1, $0; t3 = gelu t2; store t3, t1"
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return str(request.param)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

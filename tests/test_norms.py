@@ -28,13 +28,6 @@ WIDTHS = pytest.mark.parametrize("width", GROUP_WIDTHS)
 CHAIN = "group_norm -> silu -> mul -> silu"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return str(request.param)
-
-
 def swish_mul_swish(m: Any, x: Any) -> Any:
     return F.silu(F.silu(m.norm(m.fc(x))) * m.row)
 

@@ -17,7 +17,6 @@ from fxfuse.recipes import Static
 from fxfuse.vjp import Reduction
 
 pytestmark = pytest.mark.skipif(not path().exists(), reason=f"{path()} is not built")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [
     (1, 1), (1, 4096), (5000, 1), (3, 7), (64, 16), (333, 777), (1000, 1000), (1024, 1024),
     (1025, 2056), (70, 5000), (20000, 24), (9, 8192), (2048, 96), (257, 72),
@@ -30,13 +29,6 @@ STORES = (
     Store(Reduction.COLUMNS, torch.float32),
     Store(Reduction.ALL, torch.float32),
 )
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return str(request.param)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
