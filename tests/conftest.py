@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fxfuse import recipes
+from fxfuse import backward, recipes
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -16,6 +16,12 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def every_size_trains_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are small; what small training steps run on is a test of its own."""
+    monkeypatch.setattr(backward, "FEWEST_ON_CPU", 0)
 
 
 @pytest.fixture

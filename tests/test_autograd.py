@@ -21,8 +21,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fxfuse
-from fxfuse import autograd, cli, recipes, reference
-from fxfuse.fused import backwards_taken, fused_linear
+from fxfuse import autograd, backward, cli, recipes, reference
+from fxfuse.fused import backwards_taken, fused_linear, routes_taken
 from fxfuse.lower import MAX_INSTRUCTIONS
 from fxfuse.program import parse
 
@@ -736,3 +736,27 @@ def test_training_reaches_eagers_loss_curve(dtype: torch.dtype, device: str) -> 
     assert eager[:, -1].max() < 0.5 * eager[:, 0].min()  # it does learn
     spread = (eager.max(0).values - eager.min(0).values).clamp_min(1e-3)
     assert ((fused - eager[:2]).abs() <= spread).all(), (fused, eager)
+
+
+# Small steps -------------------------------------------------------------------------------------
+
+
+def test_a_small_training_step_on_a_cpu_runs_on_torchs_ops(monkeypatch) -> None:
+    monkeypatch.setattr(backward, "FEWEST_ON_CPU", 64 * 24)
+    recipes.forget()
+    text = "t1 = silu acc; t2 = tanh t1; store t2"
+    weight, bias = (randn(*s).float().requires_grad_() for s in ((64, 8), (64,)))
+    for rows, expected in ((23, "reference"), (24, "cpu")):
+        x = randn(rows, 8).float()
+        (out,) = [fused_linear(x, weight, bias, [], text, site=f"small {rows}")]
+        truth = torch.tanh(F.silu(F.linear(x.double(), weight.double(), bias.double())))
+        torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
+        ours = torch.autograd.grad(out.sum(), (weight, bias))
+        for a, b in zip(ours, torch.autograd.grad(truth.sum(), (weight, bias)), strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+        ((route, reason),) = routes_taken(f"small {rows}", text)
+        assert route == expected
+        assert (reason is not None) == (route == "reference")
+    with torch.no_grad():  # without gradients there is nothing to lose
+        fused_linear(randn(23, 8).float(), weight, bias, [], text, site="small, no gradient")
+    assert routes_taken("small, no gradient", text) == [("cpu", None)]

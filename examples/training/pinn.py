@@ -75,10 +75,12 @@ def loss_of(field: Field, points: torch.Tensor) -> torch.Tensor:
 
 
 def train(field: Field, parameters: list[nn.Parameter], points: int, steps: int) -> list[float]:
-    """The losses of so many steps of Adam, each on fresh points."""
+    """The losses of so many steps of Adam, each on fresh points, with a rate that decays to zero:
+    or the last steps would be a matter of luck."""
     device = parameters[0].device
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in range(steps):
         drawn = torch.rand(points, 2, generator=generator).to(device)
@@ -86,6 +88,7 @@ def train(field: Field, parameters: list[nn.Parameter], points: int, steps: int)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
