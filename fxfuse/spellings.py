@@ -262,7 +262,7 @@ _CUSTOM: dict[str, Spelling] = {
         Spelling("round", _signature("input", decimals=0), _emit_round),
         Spelling(
             "group_norm",
-            _signature("input num_groups", weight=None, bias=None, eps=1e-5),
+            _signature("input num_groups", weight=None, bias=None, eps=1e-5, cudnn_enabled=True),
             _emit_group_norm,
         ),
         Spelling("to", _signature("input dtype"), _emit_to),
@@ -285,7 +285,7 @@ _CUSTOM_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "addcdiv": (torch.addcdiv,),
     "masked_fill": (torch.masked_fill,),
     "round": (torch.round,),
-    "group_norm": (F.group_norm,),
+    "group_norm": (F.group_norm, torch.group_norm),
 }
 
 # In-place functions; methods and aten ops that work in place end in an underscore.
@@ -337,7 +337,7 @@ _CUSTOM_ATEN: tuple[str, ...] = (
     "clamp",
     "clamp_min",
 )
-_CUSTOM_ATEN += ("clamp_max", "addcmul", "addcdiv", "masked_fill", "round")
+_CUSTOM_ATEN += ("clamp_max", "addcmul", "addcdiv", "masked_fill", "round", "group_norm")
 
 
 @functools.lru_cache(maxsize=1)

@@ -135,6 +135,16 @@ PLACES: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "group_norm -> silu",
         {},
     ),
+    "torch's function": (
+        lambda m, x: F.silu(torch.group_norm(m.fc(x), m.groups, m.row, None, 1e-3, False)),
+        "group_norm -> silu",
+        {},
+    ),
+    "aten op": (
+        lambda m, x: F.silu(torch.ops.aten.group_norm(m.fc(x), m.groups, m.row, m.shift)),
+        "group_norm -> silu",
+        {},
+    ),
     "by names": (
         lambda m, x: F.silu(F.group_norm(input=m.fc(x), num_groups=4, weight=m.row, eps=0.1)),
         "group_norm -> silu",
