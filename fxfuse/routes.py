@@ -88,22 +88,24 @@ def prepare(call: Call) -> Recipe:
 
 def reference_run(call: Call) -> Run:
     """Run calls like this one by torch ops."""
+    # Not the call itself: what is kept would hold its tensors.
+    program, transposed, views, stores = call.program, call.transposed, call.views, call.stores
 
     def run(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
     ) -> list:
-        acc = x if weight is None else reference.linear(x, weight, bias, call.transposed)
-        outputs = reference.run(call.program, acc, operands, views=call.views)
+        acc = x if weight is None else reference.linear(x, weight, bias, transposed)
+        outputs = reference.run(program, acc, operands, views=views)
         # An output may share an input's memory here (a program that only casts to the dtype it
         # has, or only views); an op must return fresh tensors.
         held = [t for t in (x, *operands) if t.layout == torch.strided]
         fresh = [o.clone() if any(_share_memory(o, t) for t in held) else o for o in outputs]
-        if not call.stores:
+        if not stores:
             return fresh
-        shaped = fresh if call.views else [o.expand(acc.shape) for o in fresh]
+        shaped = fresh if views else [o.expand(acc.shape) for o in fresh]
         return [
             reduced(o, store.reduction).to(store.dtype)
-            for o, store in zip(shaped, call.stores, strict=True)
+            for o, store in zip(shaped, stores, strict=True)
         ]
 
     return run
@@ -378,11 +380,12 @@ def _cpu_recipe(
 ) -> Recipe:
     problem = pointwise_problem(call, result, lib, layouts)
     entry, described = lib.handle.fxfuse_cpu_run, ctypes.byref(problem)
+    name = f"fxfuse_cpu_run for {' -> '.join(call.program.chain)}"
 
     def launch(pointers: ctypes.Array) -> None:
         status = entry(described, pointers, torch.get_num_threads())
         if status:
-            lib.check(status, f"fxfuse_cpu_run for {' -> '.join(call.program.chain)}")
+            lib.check(status, name)
 
     run = pointwise_run(call, result, layouts, fixes, lib, problem, launch)
     return Recipe("cpu", None, run)

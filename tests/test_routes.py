@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -45,6 +47,20 @@ def test_float_tensors_on_the_cpu_take_the_cpu_route():
         recipes.forget()
         x, w = torch.randn(2, 3).to(dtype), torch.randn(4, 3).to(dtype)
         assert route_of(fused_linear, x, w, None, []) == ("cpu", None)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # kernels, torch's ops
+def test_what_is_kept_for_later_calls_holds_no_tensor(dtype, grad):
+    x, w = torch.randn(6, 3, dtype=dtype, requires_grad=grad), torch.randn(4, 3, dtype=dtype)
+    added = torch.randn(6, 4, dtype=dtype)
+    out = fused_linear(x, w, None, [added], ADD)
+    if grad:
+        out.sum().backward()
+    held = [weakref.ref(t) for t in (x, w, added)]
+    del x, w, added, out
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
 
 
 REASONS = {
