@@ -365,10 +365,11 @@ def _run(made: Plan, done: Work, given: Given) -> Summed:
 
 def _narrow(gradient: torch.Tensor) -> torch.Tensor:
     """A gradient that is one number, row or column expanded, as `sum()` makes them, as it was."""
-    for dim, (size, stride) in enumerate(zip(gradient.shape, gradient.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            gradient = gradient.narrow(dim, 0, 1)
-    return gradient
+    strides = gradient.stride()
+    if 0 not in strides:
+        return gradient
+    sizes = [size if stride else 1 for size, stride in zip(gradient.shape, strides, strict=True)]
+    return gradient.as_strided(sizes, strides)
 
 
 def _recorded(made: Plan, done: Work, given: Given) -> Summed:

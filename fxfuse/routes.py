@@ -360,7 +360,7 @@ def pointwise_run(
             total = reduced(outputs[index], reduction)
             outputs[index] = total.to(result.dtypes[index])
         if sums is not None:
-            totals = sums.sum(1)
+            totals = sums.sum(1) if p > 1 else sums[:, 0]
             for dtype in dict.fromkeys(result.dtypes[i] for i in by_rows):
                 narrow = totals.to(dtype)
                 for place, index in enumerate(by_rows):
