@@ -284,6 +284,7 @@ void TranslateSteps(const fxfuse_instruction* instructions, int count, const Con
     op.result = static_cast<uint8_t>((i->save + 1) | (i->store + 1) << 3);
     *next++ = op;
   }
+  *next = {};  // is read ahead of time, and what it says of constants followed
   program->step_count = static_cast<int32_t>(next - program->step);
   program->leading_row = kNoOperand;
   const DeviceStep& first = program->step[0];
