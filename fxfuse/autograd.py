@@ -15,7 +15,7 @@ autograd finds its way through it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ from .program import ACC, BARE, Operand
 from .recipes import Static
 from .routes import reduced
 from .torch_ops import (
+    PLAIN,
     VIEW_TRACKING,
     any_autocast,
     below_autograd,
     by_reference,
     dispatch,
+    dispatch_modes,
     recomputing,
     register,
 )
@@ -61,7 +63,7 @@ def differentiable(
     except RuntimeError:  # a sparse tensor has no strides
         found = None
     else:
-        found = recipes.remembered(key, lambda: _plan(x, weight, bias, operands, static))
+        found = recipes.remembered(key, lambda: _plan_unseen(x, weight, bias, operands, static))
     if found is None:
         return by_reference(x, weight, bias, operands, static)
     link = _Link(x, weight, bias, operands)
@@ -71,19 +73,14 @@ def differentiable(
     return _Chain.apply(found, link, z, *operands)[: found.outputs]
 
 
-def _plan(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    operands: Tensors,
-    static: Static,
-) -> Plan | None:
-    """`plan`, of which whoever traces the call sees nothing."""
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """Whoever traces the call sees nothing of what is done inside."""
     with _disable_current_modes():
         # While a graph is compiled nobody is told what autograd saves, which a plan asks.
         before = _hooks_while_tracing(False)
         try:
-            return plan(x, weight, bias, operands, static)
+            yield
         finally:
             _hooks_while_tracing(before)
 
@@ -93,12 +90,12 @@ _hooks_while_tracing = getattr(
 )
 
 
+_plan_unseen = _unseen()(plan)
+
+
 def _traced(tensor: torch.Tensor) -> bool:
     """Whether a call with this tensor is being compiled: then it runs as ops that can be seen."""
-    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or _dispatch_modes() > 0
-
-
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    return type(tensor) not in PLAIN or dispatch_modes() > 0
 
 
 def _differentiable_op(

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-INF = math.inf
-
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
@@ -19,9 +17,9 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 def clamp(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     # An absent bound is an infinity here; torch wants it absent, or an integer tensor would turn
     # into a float one.
-    if low == -INF and high == INF:
+    if low == -math.inf and high == math.inf:
         return x
-    return torch.clamp(x, None if low == -INF else low, None if high == INF else high)
+    return torch.clamp(x, None if low == -math.inf else low, None if high == math.inf else high)
 
 
 def same(x: Any, *_: float) -> Any:

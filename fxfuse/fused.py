@@ -23,9 +23,7 @@ from .program import BARE, Arg, Operand, Program, Value, parse
 from .recipes import Static, View, backwards_taken, note, routes_taken
 from .routes import forced_route
 
-_PLAIN = frozenset(
-    {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor), type(None)}
-)
+_PLAIN = torch_ops.PLAIN
 _FREE_OPS = frozenset({"copy", "view", "dropout"})
 # Function modes that change nothing: they place new tensors, or note what make_fx records.
 _HARMLESS_MODES = frozenset({"torch.utils._device", "torch.fx.experimental.proxy_tensor"})
@@ -40,7 +38,7 @@ def _never() -> bool:
 _C = torch._C
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
-_dispatch_modes = getattr(_C, "_len_torch_dispatch_stack", _never)
+_dispatch_modes = torch_ops.dispatch_modes
 _function_modes = getattr(_C, "_len_torch_function_stack", _never)
 _transforms = getattr(_C, "_are_functorch_transforms_active", _never)
 _tracing = getattr(_C, "_get_tracing_state", _never)

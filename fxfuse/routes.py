@@ -309,6 +309,8 @@ def pointwise_run(
     reductions = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
     # Sums over rows lie in one tensor, whose parts torch adds up in one go.
     by_rows = [i for i, r in reductions.items() if r is Reduction.ROWS]
+    place_in_sums = {index: place for place, index in enumerate(by_rows)}
+    sum_dtypes = {result.dtypes[i] for i in by_rows}
     others = {i: r for i, r in reductions.items() if r is not Reduction.ROWS}
     p, q = lib.partials(problem) if reductions else (0, 0)
     m, n = rows_and_columns(result.acc_shape)
@@ -344,9 +346,9 @@ def pointwise_run(
         sums = acc.new_empty((len(by_rows), p, n), dtype=wide) if by_rows else None
         outputs = []
         for place, (index, shape, dtype) in enumerate(stored):
-            if index in by_rows:
+            if index in place_in_sums:
                 assert sums is not None
-                out = sums[by_rows.index(index)]
+                out = sums[place_in_sums[index]]
             else:
                 out = acc if index == reused else acc.new_empty(shape, dtype=dtype)
             pointers[POINTER_OUTPUT + place] = out.data_ptr()
@@ -361,11 +363,9 @@ def pointwise_run(
             outputs[index] = total.to(result.dtypes[index])
         if sums is not None:
             totals = sums.sum(1) if p > 1 else sums[:, 0]
-            for dtype in dict.fromkeys(result.dtypes[i] for i in by_rows):
-                narrow = totals.to(dtype)
-                for place, index in enumerate(by_rows):
-                    if result.dtypes[index] == dtype:
-                        outputs[index] = narrow[place]
+            rounded = {dtype: totals.to(dtype) for dtype in sum_dtypes}
+            for index, place in place_in_sums.items():
+                outputs[index] = rounded[result.dtypes[index]][place]
         return outputs
 
     return run

@@ -20,6 +20,11 @@ from .recipes import Static, View
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", None) or (
     lambda: torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 )
+# Types of tensors that nobody watches, and how many dispatch modes watch the others.
+PLAIN = frozenset(
+    {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor), type(None)}
+)
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _lib = torch.library.Library("fxfuse", "DEF")
 _lib.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] operands, str program, "

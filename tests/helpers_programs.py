@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 
 import torch
 
@@ -25,6 +26,18 @@ _SKIPPED = frozenset({"view", "dropout", "like", "prelu", "cast_f16", "cast_bf16
 _SKIPPED_POLES = frozenset({"reciprocal", "rsqrt", "div", "pow"})
 _NAMES = sorted(set(POINTWISE_OPS) - _SKIPPED - _SKIPPED_POLES)
 _NUMBERS = (0.0, -0.0, 1.0, 2.0, 0.5, -1.5)
+
+
+def one_op(name: str, params: Mapping[str, tuple[float, ...]], otherwise: float) -> str:
+    """The program that is one op of the table, over the accumulator and operands; of a comparison
+    the accumulator where it holds, and `otherwise`. params: of ops that are to have their own."""
+    op = OPS[name]
+    words = ["acc", *(f"${i}" for i in range(op.arity - 1))]
+    words += [repr(float(p)) for p in params.get(name, op.defaults)]
+    text = f"t1 = {name} {', '.join(words)}"
+    if name in COMPARISONS:
+        return f"{text}; t2 = where t1, acc, {otherwise!r}; store t2"
+    return f"{text}; store t1"
 
 
 def accumulator() -> torch.Tensor:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_programs import POINTWISE_KERNEL_OPS
+from helpers_programs import POINTWISE_KERNEL_OPS, one_op
 from torch import nn
 
 import fxfuse
 from fxfuse import fused, library, recipes, reference
 from fxfuse.fused import forced_route, fused_linear, fused_pointwise
-from fxfuse.ops import COMPARISONS, OPS
+from fxfuse.ops import OPS
 from fxfuse.program import parse
 
 pytestmark = [
@@ -65,20 +65,10 @@ SPECIAL += [-88.0, 104.0, -104.0, 1e4, -1e4, 6e4, 1e-4, -1e-4, 6e-8, float("inf"
 SPECIAL += [float("nan")]
 
 
-def one_op(name):
-    op = OPS[name]
-    params = PARAMS.get(name, op.defaults)
-    words = ["acc", *(f"${i}" for i in range(op.arity - 1)), *map(repr, map(float, params))]
-    text = f"t1 = {name} {', '.join(words)}"
-    if name in COMPARISONS:
-        return f"{text}; t2 = where t1, acc, 0.5; store t2"
-    return f"{text}; store t1"
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", POINTWISE_KERNEL_OPS)
 def test_every_op(name, dtype):
-    program = one_op(name)
+    program = one_op(name, PARAMS, 0.5)
     values = torch.tensor(SPECIAL, device="cuda")
     special = torch.cartesian_prod(values, values)[:, 0].reshape(-1, len(SPECIAL))
     other = values.expand(len(SPECIAL), -1).contiguous()

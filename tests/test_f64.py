@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_abi import Cpu, Step, layout, operand, path
-from helpers_programs import POINTWISE_KERNEL_OPS
+from helpers_programs import POINTWISE_KERNEL_OPS, one_op
 from torch import nn
 
 import fxfuse
@@ -18,7 +18,7 @@ from fxfuse.fused import forced_route, fused_linear, fused_pointwise
 from fxfuse.infer import Store
 from fxfuse.library import Gemm, OperandLayout
 from fxfuse.lower import lower
-from fxfuse.ops import COMPARISONS, OPS
+from fxfuse.ops import OPS
 from fxfuse.program import parse
 from fxfuse.recipes import Static
 from fxfuse.vjp import Reduction
@@ -154,20 +154,10 @@ CANCELLING = {"gelu", "gelu_tanh", "tanhshrink", "lerp", "mish", "softplus", "lo
 CANCELLING |= {"gelu_grad", "gelu_tanh_grad", "silu_grad"}
 
 
-def one_op(name):
-    op = OPS[name]
-    params = PARAMS.get(name, op.defaults)
-    words = ["acc", *(f"${i}" for i in range(op.arity - 1)), *map(repr, map(float, params))]
-    text = f"t1 = {name} {', '.join(words)}"
-    if name in COMPARISONS:
-        return f"{text}; t2 = where t1, acc, 0.1; store t2"
-    return f"{text}; store t1"
-
-
 @gpu
 @pytest.mark.parametrize("name", POINTWISE_KERNEL_OPS)
 def test_every_op_is_torchs_in_float64(name):
-    program = one_op(name)
+    program = one_op(name, PARAMS, 0.1)
     values = torch.tensor(SPECIAL, dtype=torch.float64, device="cuda")
     if name == "lerp" or name.endswith("_grad"):
         # Steps that overflow, or meet infinity times zero, do so in an order of torch's own.

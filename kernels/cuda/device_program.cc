@@ -244,16 +244,16 @@ DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code,
   step.index = instruction.index[j];
   switch (instruction.source[j]) {
     case FXFUSE_FROM_PREVIOUS:
-      step.second = static_cast<uint8_t>(Second::kPrevious);
+      step.second = Second::kPrevious;
       break;
     case FXFUSE_FROM_SLOT:
-      step.second = static_cast<uint8_t>(Second::kSlot);
+      step.second = Second::kSlot;
       break;
     case FXFUSE_FROM_OPERAND:
-      step.second = static_cast<uint8_t>(Second::kOperand);
+      step.second = Second::kOperand;
       break;
     default:
-      step.second = static_cast<uint8_t>(Second::kConstant);
+      step.second = Second::kConstant;
       step.p0 = constants(instruction, step.index);
   }
   return step;
@@ -271,7 +271,7 @@ void TranslateSteps(const fxfuse_instruction* instructions, int count, const Con
     if (!is_previous(0)) fetch(0, swapped ? kSwap : kTake);
     DeviceStep op = {};
     if (swapped) {
-      op.second = static_cast<uint8_t>(Second::kSlot);
+      op.second = Second::kSlot;
       op.index = kSpareSlot;
     } else if (i->arity > 1) {
       op = Fetch(*i, 1, i->opcode, constants);
@@ -289,7 +289,7 @@ void TranslateSteps(const fxfuse_instruction* instructions, int count, const Con
   program->leading_row = kNoOperand;
   const DeviceStep& first = program->step[0];
   if (first.code != static_cast<int>(Opcode::add) || first.result != 0) return;
-  if (first.second != static_cast<uint8_t>(Second::kOperand)) return;
+  if (first.second != Second::kOperand) return;
   const DeviceOperand& operand = program->operand[first.index];
   if (operand.access == Access::kVector && operand.row_stride == 0) {
     program->leading_row = first.index;
@@ -307,7 +307,11 @@ bool VectorAligned(const void* data, int64_t row_stride, int64_t rows, int dtype
   return RowsAligned(data, row_stride, rows, dtype, 16);
 }
 
-void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device) {
+namespace {
+
+// Fills `device` from a validated problem; `places`: constants are those of a DoubleProgram.
+void Translate(const fxfuse_problem& problem, void* const* pointers, bool places,
+               DeviceProgram* device) {
   const fxfuse_program& program = problem.program;
   device->rows = static_cast<uint32_t>(problem.m);
   device->columns = static_cast<uint32_t>(problem.n);
@@ -336,16 +340,20 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Devi
     to.vector = VectorAligned(to.data, output.row_stride, problem.m, output.dtype);
   }
   FindVectorOperands(problem, device);
-  TranslateSteps(instructions, count, Constants(instructions, false), device);
+  TranslateSteps(instructions, count, Constants(instructions, places), device);
   TranslateChain(instructions, count, device);
 }
 
+}  // namespace
+
+void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device) {
+  Translate(problem, pointers, false, device);
+}
+
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device) {
-  TranslateProgram(problem, pointers, static_cast<DeviceProgram*>(device));
   // Without a GEMM there is no bias, so the problem's instructions are the device's.
   const fxfuse_program& program = problem.program;
-  const Constants places(program.instruction, true);
-  TranslateSteps(program.instruction, program.instruction_count, places, device);
+  Translate(problem, pointers, true, device);
   memcpy(device->constant, program.immediate_f64,
          program.instruction_count * sizeof(program.immediate_f64[0]));
 }

@@ -82,11 +82,14 @@ constexpr int kMinChainGroup = 32;  // columns
 // The bias is one more operand, added by one more instruction.
 constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
 
+// Where a step's second is fetched from.
+enum class Second : uint8_t { kNone, kPrevious, kConstant, kSlot, kOperand };
+
 // An instruction, or part of one, as Interpreter takes it: on two values held in registers, the
 // first what the step before left, the second fetched for the step.
 struct DeviceStep {
-  uint8_t code;    // an Opcode, or one of those below
-  uint8_t second;  // Second
+  uint8_t code;  // an Opcode, or one of those below
+  Second second;
   uint8_t index;   // of the slot or operand that the second is fetched from
   uint8_t result;  // where it goes: see KeptSlot and StoredOutput
   float p0, p1;    // the op's parameters; or p0 is the second
@@ -97,8 +100,6 @@ constexpr int kTake = 253;       // the second becomes the first
 constexpr int kSwap = 254;       // and the first is kept in kSpareSlot
 constexpr int kKeepThird = 255;  // the second is kept in kThirdSlot, which ops of three read
 static_assert(kOpcodeCount <= kTake, "opcodes fit a step");
-
-enum class Second : uint8_t { kNone, kPrevious, kConstant, kSlot, kOperand };
 
 // Beyond the program's own.
 constexpr int kThirdSlot = FXFUSE_MAX_SLOTS, kSpareSlot = kThirdSlot + 1;

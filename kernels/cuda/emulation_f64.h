@@ -249,20 +249,13 @@ inline std::vector<double> RunDouble(Opcode op, int64_t rows, int64_t columns,
   program.immediate_f64[0][0] = p0, program.immediate_f64[0][1] = p1;
   std::vector<double> out(a.size());
   void* pointers[FXFUSE_PTR_COUNT] = {};
+  pointers[FXFUSE_PTR_A] = const_cast<double*>(a.data());
   pointers[FXFUSE_PTR_OPERAND] = const_cast<double*>(b.data());
   pointers[FXFUSE_PTR_OPERAND + 1] = const_cast<double*>(c.data());
   pointers[FXFUSE_PTR_OUTPUT] = out.data();
 
   const PointwiseGrid grid = DividePointwise(PointwiseF64()[0], rows, columns);
-  DoubleArguments arguments = {};
-  arguments.accumulator = a.data();
-  arguments.row_stride = columns;
-  arguments.dtype = FXFUSE_F64;
-  arguments.vector = VectorAligned(a.data(), columns, rows, FXFUSE_F64);
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
-  TranslateProgram(problem, pointers, &arguments.program);
+  const DoubleArguments arguments = DescribePointwise<DoubleArguments>(problem, pointers, grid);
   emulation::Launch(static_cast<int>(grid.column_blocks * grid.row_blocks), kPointwiseThreads,
                     [&] { PointwiseProgram<Config>(arguments); });
   return out;

@@ -320,15 +320,10 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   Case<Out> test(m, n, padding);
   const PointwiseGrid grid =
       DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
-  typename Config::Arguments arguments = {};
-  arguments.accumulator = accumulator.data();
-  arguments.row_stride = stride;
-  arguments.dtype = kDtype<In>;
-  arguments.vector = VectorAligned(accumulator.data(), stride, m, kDtype<In>);
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
-  TranslateProgram(test.problem, test.pointers, &arguments.program);
+  test.problem.lda = stride, test.problem.input_dtype = kDtype<In>;
+  test.pointers[FXFUSE_PTR_A] = const_cast<In*>(accumulator.data());
+  const auto arguments =
+      DescribePointwise<typename Config::Arguments>(test.problem, test.pointers, grid);
   emulation::matrices_read = emulation::bank_conflicts = 0;
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
   emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
@@ -448,6 +443,7 @@ void TestGroups(int64_t m, int64_t n, int width, int resident) {
   fxfuse_problem problem = GroupProblem(
       m, n, kDtype<T>, width, {Opcode::normalize, Opcode::normalize_grad, Opcode::group_mean});
   void* pointers[FXFUSE_PTR_COUNT] = {};
+  pointers[FXFUSE_PTR_A] = x.data();
   pointers[FXFUSE_PTR_OPERAND] = g.data();
   for (int i = 0; i < 3; ++i) {
     output[i].assign(m * n, T(kUntouched));
@@ -455,16 +451,7 @@ void TestGroups(int64_t m, int64_t n, int width, int resident) {
   }
   const PointwiseGrid grid =
       DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
-  PointwiseArguments arguments = {};
-  arguments.accumulator = x.data();
-  arguments.row_stride = n;
-  arguments.dtype = kDtype<T>;
-  arguments.vector = VectorAligned(x.data(), n, m, kDtype<T>);
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.groups = true;
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
-  TranslateProgram(problem, pointers, &arguments.program);
+  const auto arguments = DescribePointwise<PointwiseArguments>(problem, pointers, grid);
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
   emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
                     [&] { PointwiseProgram<Config>(arguments); });
@@ -574,19 +561,12 @@ void TestSums(int64_t m, int64_t n, int resident) {
   Values output[4] = {Values(strips.p * n, kUntouched), Values(m * n, kUntouched),
                       Values(strips.p * strips.q, kUntouched), Values(m * strips.q, kUntouched)};
   void* pointers[FXFUSE_PTR_COUNT] = {};
+  pointers[FXFUSE_PTR_A] = const_cast<In*>(accumulator.data());
   pointers[FXFUSE_PTR_OPERAND] = const_cast<Value*>(row.data());
   for (int i = 0; i < 4; ++i) pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
 
-  typename Config::Arguments arguments = {};
-  arguments.accumulator = accumulator.data();
-  arguments.row_stride = n;
-  arguments.dtype = kDtype<In>;
-  arguments.vector = VectorAligned(accumulator.data(), n, m, kDtype<In>);
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
+  auto arguments = DescribePointwise<typename Config::Arguments>(problem, pointers, grid);
   arguments.strip_blocks = strips.strip_blocks;
-  TranslateProgram(problem, pointers, &arguments.program);
   emulation::Launch(static_cast<int>(grid.column_blocks * strips.p), kPointwiseThreads,
                     [&] { PointwiseSums<Config>(arguments); });
 

@@ -37,6 +37,20 @@ class RowFragment {
   uint32_t column_;
 };
 
+// Turns a fragment's values past a window at its front: the first kStep go to the end. Registers
+// cannot be indexed, so a loop over parts of a fragment works on its front; after a full turn every
+// value is back in its place.
+template <int kStep, class Value, int kSize>
+__device__ __forceinline__ void Turn(Value (&x)[kSize]) {
+  Value head[kStep];
+#pragma unroll
+  for (int j = 0; j < kStep; ++j) head[j] = x[j];
+#pragma unroll
+  for (int j = 0; j < kSize - kStep; ++j) x[j] = x[j + kStep];
+#pragma unroll
+  for (int j = 0; j < kStep; ++j) x[kSize - kStep + j] = head[j];
+}
+
 }  // namespace fxfuse
 
 #endif  // FXFUSE_CUDA_FRAGMENT_CUH_

@@ -3,6 +3,7 @@
 #ifndef FXFUSE_CUDA_GROUP_OPS_CUH_
 #define FXFUSE_CUDA_GROUP_OPS_CUH_
 
+#include "fragment.cuh"
 #include "pointwise.h"
 
 namespace fxfuse {
@@ -20,8 +21,7 @@ class GroupOps {
                                              Value eps) {
     const int lanes = static_cast<int>(width) / kWidth;
     const Value each = Math::rcp(width);
-    // One vector at a time, or registers would run out; and since they cannot be indexed, the
-    // fragment turns past the vector at its front.
+    // One vector at a time, the one at the fragment's front, or registers would run out.
 #pragma unroll 1
     for (int g = 0; g < kGroups; ++g) {
       Value result[kWidth];
@@ -37,8 +37,8 @@ class GroupOps {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) result[j] = op == Opcode::normalize ? v[j] : mean;
       }
-      Turn(v);
-      Turn(b);
+      Turn<kWidth>(v);
+      Turn<kWidth>(b);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) v[kSize - kWidth + j] = result[j];
     }
@@ -74,16 +74,6 @@ class GroupOps {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) x[j] *= rstd;
     return rstd;
-  }
-
-  static __device__ __forceinline__ void Turn(Values& x) {
-    Value head[kWidth];
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) head[j] = x[j];
-#pragma unroll
-    for (int j = 0; j < kSize - kWidth; ++j) x[j] = x[j + kWidth];
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) x[kSize - kWidth + j] = head[j];
   }
 };
 

@@ -2,7 +2,7 @@
 //
 //   value            = accumulator                              at each element of the fragment
 //   value, slots     = opcode(arguments)                        for each step in turn
-//   output[store]    = value                                    where an instruction says so
+//   output[store]    = value                                    where a step says so
 //
 // The code exists once per kernel: callers loop over fragments instead of unrolling.
 
@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "device_program.h"
+#include "fragment.cuh"
 #include "group_ops.cuh"
 #include "memory.cuh"
 #include "pointwise.h"
@@ -21,13 +22,10 @@
 namespace fxfuse {
 
 // Opcodes that most programs are made of: unrolled over the whole fragment.
-#define FXFUSE_HOT_OPS(X) \
-  X(add) X(relu) X(mul) X(gelu) X(silu) X(tanh) X(clamp) X(sigmoid) X(gelu_tanh)
-
 FXFUSE_HD constexpr bool IsHot(Opcode op) {
-#define FXFUSE_HOT(name) || op == Opcode::name
-  return false FXFUSE_HOT_OPS(FXFUSE_HOT);
-#undef FXFUSE_HOT
+  return op == Opcode::add || op == Opcode::relu || op == Opcode::mul || op == Opcode::gelu ||
+         op == Opcode::silu || op == Opcode::tanh || op == Opcode::clamp || op == Opcode::sigmoid ||
+         op == Opcode::gelu_tanh;
 }
 
 // Opcodes that are long in instructions and rare in models. They run a few elements at a time in a
@@ -88,12 +86,12 @@ class DecodedDouble : public Decoded {
 template <class Value>
 struct ProgramOver {
   using Program = DeviceProgram;
-  using Instruction = Decoded;
+  using Step = Decoded;
 };
 template <>
 struct ProgramOver<double> {
   using Program = DoubleProgram;
-  using Instruction = DecodedDouble;
+  using Step = DecodedDouble;
 };
 
 // In place of sums, for kernels whose problems have none.
@@ -109,17 +107,17 @@ struct Interpreter {
   using Value = typename Math::Value;
   using Values = Value[kSize];
   using Program = typename ProgramOver<Value>::Program;
-  using Instruction = typename ProgramOver<Value>::Instruction;
+  using Step = typename ProgramOver<Value>::Step;
 
   // Leaves the program's last value in `v`, beginning at step `first`.
   static __device__ __forceinline__ void Run(const Program& program, const Fragment& at, Values& v,
                                              int first = 0, Sums sums = {}) {
     Slots slot;
-    Instruction next(program, first);
+    Step next(program, first);
 #pragma unroll 1
     for (int i = first; i < program.step_count; ++i) {
-      const Instruction step = next;
-      next = Instruction(program, i + 1);
+      const Step step = next;
+      next = Step(program, i + 1);
       Values b;  // of no step but this: registers are scarce
       Fetch(program, step, at, slot, v, b);
       Dispatch(step, v, b, slot);
@@ -149,7 +147,7 @@ struct Interpreter {
   }
 
   // Fetches a step's second into `b`.
-  static __device__ __forceinline__ void Fetch(const Program& program, const Instruction& step,
+  static __device__ __forceinline__ void Fetch(const Program& program, const Step& step,
                                                const Fragment& at, const Slots& slot,
                                                const Values& v, Values& b) {
     switch (step.second()) {
@@ -168,7 +166,7 @@ struct Interpreter {
     }
   }
 
-  static __device__ __forceinline__ void Dispatch(const Instruction& step, Values& v, Values& b,
+  static __device__ __forceinline__ void Dispatch(const Step& step, Values& v, Values& b,
                                                   Slots& slot) {
     const Value p0 = step.p0(), p1 = step.p1();
     switch (step.code()) {
@@ -203,8 +201,6 @@ struct Interpreter {
                               ? kSize
                               : (IsCompact(op) ? 4 : (kSize < 16 ? kSize : 16));
     static_assert(kSize % kStep == 0, "the loop below takes whole steps");
-    // Registers cannot be indexed, so the fragment turns past a fixed window instead: after a full
-    // turn every element is back in its place.
 #pragma unroll 1
     for (int i = 0; i < kSize; i += kStep) {
       Value result[kStep];
@@ -215,17 +211,6 @@ struct Interpreter {
 #pragma unroll
       for (int j = 0; j < kStep; ++j) v[kSize - kStep + j] = result[j];
     }
-  }
-
-  template <int kStep>
-  static __device__ __forceinline__ void Turn(Values& x) {
-    Value head[kStep];
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) head[j] = x[j];
-#pragma unroll
-    for (int j = 0; j < kSize - kStep; ++j) x[j] = x[j + kStep];
-#pragma unroll
-    for (int j = 0; j < kStep; ++j) x[kSize - kStep + j] = head[j];
   }
 
   // Whether vectors of the fragment's width lie wholly inside the matrix or wholly outside.

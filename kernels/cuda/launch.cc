@@ -52,18 +52,8 @@ template <class Arguments>
 fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& problem,
                                   void* const* pointers, const Device& device,
                                   const PointwiseKernel& kernel, void* stream) {
-  Arguments arguments;
-  arguments.accumulator = pointers[FXFUSE_PTR_A];
-  arguments.row_stride = problem.lda;
-  arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
-  arguments.vector =
-      VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
-  arguments.groups = GroupWidth(problem) > 0;
   const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
-  TranslateProgram(problem, pointers, &arguments.program);
+  Arguments arguments = DescribePointwise<Arguments>(problem, pointers, grid);
   int64_t blocks;
   if (kernel.sums) {
     const PointwiseStrips strips = DivideSums(grid, device.Resident(kernel));

@@ -55,6 +55,24 @@ struct PointwiseGrid {
 };
 PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n);
 
+// The arguments of a problem, but for strips.
+template <class Arguments>
+Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers,
+                            const PointwiseGrid& grid) {
+  Arguments arguments;
+  arguments.accumulator = pointers[FXFUSE_PTR_A];
+  arguments.row_stride = problem.lda;
+  arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
+  arguments.vector =
+      VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
+  arguments.groups = GroupWidth(problem) > 0;
+  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
+  arguments.column_blocks = grid.column_blocks;
+  arguments.row_blocks = grid.row_blocks;
+  TranslateProgram(problem, pointers, &arguments.program);
+  return arguments;
+}
+
 // How a problem with sums is divided: blocks below each other that one block takes, and the parts,
 // P and Q of fxfuse_output. resident: blocks that fill the device.
 struct PointwiseStrips {
