@@ -177,9 +177,10 @@ fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* const* pointe
     return fxfuse::LaunchHopper(kCall, *problem, pointers, device->limits, choice.hopper, stream);
   }
   if (choice.route == FXFUSE_ROUTE_SKINNY) {
-    return fxfuse::LaunchSkinny(kCall, *problem, pointers, choice.skinny, stream);
+    return fxfuse::LaunchSkinny(kCall, *problem, pointers, device->limits, choice.skinny, stream);
   }
-  return fxfuse::LaunchPortable(kCall, *problem, pointers, *choice.portable, stream);
+  return fxfuse::LaunchPortable(kCall, *problem, pointers, device->limits, *choice.portable,
+                                stream);
 }
 
 fxfuse_status fxfuse_cuda_partials(const fxfuse_problem* problem, int64_t* p, int64_t* q) {
@@ -209,7 +210,7 @@ fxfuse_status fxfuse_cuda_split(const fxfuse_split* matrices, int count, void* s
   const fxfuse::Device* device;
   status = fxfuse::CurrentDevice(kCall, &device);
   if (status != FXFUSE_OK) return status;
-  return fxfuse::LaunchSplit(kCall, matrices, count, stream);
+  return fxfuse::LaunchSplit(kCall, device->limits, matrices, count, stream);
 }
 
 }  // extern "C"

@@ -11,6 +11,7 @@ namespace fxfuse {
 struct DeviceLimits {
   int sm_count;
   bool hopper;  // sm_90: the kernels built for sm_90a run
+  bool turns;   // kernels wait for their turn themselves (await_turn)
   // hopper_clusters[s]: clusters of s blocks (1, 2, 4, 8) of the Hopper route that run at a time.
   int hopper_clusters[9];
   int shared_bytes_per_block;

@@ -76,6 +76,12 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
                 index, major, minor);
   }
   device->limits.hopper = major == 9 && minor == 0;
+  // What runs may have been compiled for an older architecture, where a kernel cannot wait.
+  const PointwiseKernel& any = PointwiseKernelFor(MathLevel::kFast, false);
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, any.function);
+  if (error != cudaSuccess) return CudaFailure(call, any.name, error);
+  device->limits.turns = attributes.ptxVersion >= 90;
   fxfuse_status status = PreparePortable(call, device->limits);
   if (status == FXFUSE_OK && device->limits.hopper) status = PrepareHopper(call, &device->limits);
   if (status == FXFUSE_OK) status = PrepareSkinny(call, device->limits);

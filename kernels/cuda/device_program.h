@@ -103,7 +103,8 @@ static_assert(kOpcodeCount <= kTake, "opcodes fit a step");
 
 // Beyond the program's own.
 constexpr int kThirdSlot = FXFUSE_MAX_SLOTS, kSpareSlot = kThirdSlot + 1;
-constexpr int kDeviceSlots = kSpareSlot + 1;
+constexpr int kSecondSlot = kSpareSlot + 1;  // of the present step, if it is in no other
+constexpr int kDeviceSlots = kSecondSlot + 1;
 
 // The slot or output that the result is written to, one more than its number; 0: none.
 FXFUSE_HD constexpr int KeptSlot(int result) { return result & 7; }

@@ -219,6 +219,8 @@ Value __shfl_xor_sync(uint32_t, Value value, int flip) {
 #define FXFUSE_CUDA_PTX_HOPPER_CUH_
 namespace fxfuse {
 
+inline void await_turn() {}
+
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared);
 }

@@ -15,9 +15,9 @@ class GroupOps {
   using Value = typename Math::Value;
   using Values = Value[kSize];
 
-  // Leaves the result in `v`, the first argument; `b` is the second, where there is one, and is
-  // overwritten. To be called by whole warps.
-  static __device__ __forceinline__ void Run(Opcode op, Values& v, Values& b, Value width,
+  // Leaves the result in `v`, the first argument; `b`, in memory, is the second, where there is
+  // one. To be called by whole warps.
+  static __device__ __forceinline__ void Run(Opcode op, Values& v, const Values& b, Value width,
                                              Value eps) {
     const int lanes = static_cast<int>(width) / kWidth;
     const Value each = Math::rcp(width);
@@ -26,11 +26,14 @@ class GroupOps {
     for (int g = 0; g < kGroups; ++g) {
       Value result[kWidth];
       if (op == Opcode::normalize_grad) {
-        const Value rstd = Normalize(lanes, each, eps, b);
-        const Value mean = each * Sum(lanes, [&](int j) { return v[j]; });
-        const Value slope = each * Sum(lanes, [&](int j) { return v[j] * b[j]; });
+        Value x[kWidth];
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) result[j] = rstd * (v[j] - mean - b[j] * slope);
+        for (int j = 0; j < kWidth; ++j) x[j] = b[g * kWidth + j];
+        const Value rstd = Normalize(lanes, each, eps, x);
+        const Value mean = each * Sum(lanes, [&](int j) { return v[j]; });
+        const Value slope = each * Sum(lanes, [&](int j) { return v[j] * x[j]; });
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) result[j] = rstd * (v[j] - mean - x[j] * slope);
       } else {
         if (op == Opcode::normalize) Normalize(lanes, each, eps, v);
         const Value mean = each * Sum(lanes, [&](int j) { return v[j]; });
@@ -38,7 +41,6 @@ class GroupOps {
         for (int j = 0; j < kWidth; ++j) result[j] = op == Opcode::normalize ? v[j] : mean;
       }
       Turn<kWidth>(v);
-      Turn<kWidth>(b);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) v[kSize - kWidth + j] = result[j];
     }
@@ -63,7 +65,7 @@ class GroupOps {
   // Normalizes the first vector and returns 1 / sqrt(variance + eps). The mean is taken twice: of
   // what the first leaves, the second takes what rounding took, or a constant row would not be
   // zero.
-  static __device__ __forceinline__ Value Normalize(int lanes, Value each, Value eps, Values& x) {
+  static __device__ __forceinline__ Value Normalize(int lanes, Value each, Value eps, Value* x) {
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       const Value mean = each * Sum(lanes, [&](int j) { return x[j]; });

@@ -45,6 +45,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
   bool special = false;
   int round = 0;
   TileOrigin next = FindTile<Config>(arguments, round);
+  await_turn();
   while (next.row >= 0) {
     const TileOrigin origin = next;
     const int row0 = origin.row + warp_row;

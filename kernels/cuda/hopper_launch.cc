@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "device.h"
+#include "launch.h"
 
 namespace fxfuse {
 namespace {
@@ -50,7 +51,7 @@ fxfuse_status Encode(const char* call, const char* name, const void* data, int d
   const CUresult result =
       encode(map, type, tensor.rank, const_cast<void*>(data), sizes, strides, box, kSteps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return FXFUSE_OK;
   return Fail(FXFUSE_RUNTIME_ERROR, "%s: cuTensorMapEncodeTiled of %s [%lld, %lld]: error %d", call,
               name, static_cast<long long>(tensor.size[1]), static_cast<long long>(tensor.size[0]),
@@ -174,21 +175,6 @@ Division BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
   return best;
 }
 
-// The launch of `blocks` blocks in clusters of `split`; `cluster` is storage the result refers to.
-cudaLaunchConfig_t Configure(const HopperKernel& kernel, int64_t blocks, int split, void* stream,
-                             cudaLaunchAttribute* cluster) {
-  cluster->id = cudaLaunchAttributeClusterDimension;
-  cluster->val.clusterDim = {static_cast<unsigned>(split), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kHopperThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(kernel.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = cluster;
-  config.numAttrs = split > 1 ? 1 : 0;
-  return config;
-}
-
 }  // namespace
 
 HopperKernels AllHopperKernels() {
@@ -233,11 +219,10 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
     // All blocks of a cluster must sit in one group of SMs, so there may be fewer clusters than SMs
     // would allow.
     for (int split = 2; error == cudaSuccess && split <= kMaxSplit; split *= 2) {
-      cudaLaunchAttribute cluster;
-      const cudaLaunchConfig_t config =
-          Configure(kernel, device->sm_count / split * split, split, nullptr, &cluster);
+      const LaunchConfig launch(*device, device->sm_count / split * split, kHopperThreads,
+                                kernel.shared_bytes, nullptr, split);
       int clusters = 0;
-      error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &config);
+      error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &launch.config());
       device->hopper_clusters[split] = std::min(device->hopper_clusters[split], clusters);
     }
     if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
@@ -287,12 +272,9 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
   // A divided tile is a cluster's only one: the ring serves the reduction in the end.
   const int64_t clusters =
       choice.split > 1 ? tiles_m * tiles_n : std::min<int64_t>(tiles_m * tiles_n, device.sm_count);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config =
-      Configure(kernel, clusters * choice.split, choice.split, stream, &cluster);
-  void* parameters[] = {&arguments};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, parameters);
-  return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, kernel.name, error);
+  const LaunchConfig config(device, clusters * choice.split, kHopperThreads, kernel.shared_bytes,
+                            stream, choice.split);
+  return Launch(call, kernel.name, kernel.function, config, &arguments);
 }
 
 }  // namespace fxfuse

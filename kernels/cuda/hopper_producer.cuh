@@ -35,9 +35,9 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
                                         bool brings_b) {
   RingPosition<Config> at;
   const bool issues = threadIdx.x % 32 == 0;
-  for (int round = 0;; ++round) {
-    const TileOrigin tile = FindTile<Config>(arguments, round);
-    if (tile.row < 0) return;
+  TileOrigin tile = FindTile<Config>(arguments, 0);
+  await_turn();
+  for (int round = 1; tile.row >= 0; tile = FindTile<Config>(arguments, round++)) {
     int stages = work.stages;
     if constexpr (Config::kPlanes == 2) {
       if (HasSpecial<Config>(arguments, tile)) stages *= 2;

@@ -4,6 +4,10 @@
 //   value, slots     = opcode(arguments)                        for each step in turn
 //   output[store]    = value                                    where a step says so
 //
+// Only the value lives in registers from step to step. A second argument is put into a slot, in
+// memory, and read there by the op's own code: held in registers, it would be moved to where each
+// op expects it, at every branch on the way.
+//
 // The code exists once per kernel: callers loop over fragments instead of unrolling.
 
 #ifndef FXFUSE_CUDA_INTERPRETER_CUH_
@@ -118,9 +122,8 @@ struct Interpreter {
     for (int i = first; i < program.step_count; ++i) {
       const Step step = next;
       next = Step(program, i + 1);
-      Values b;  // of no step but this: registers are scarce
-      Fetch(program, step, at, slot, v, b);
-      Dispatch(step, v, b, slot);
+      Fetch(program, step, at, v, slot);
+      Dispatch(step, v, slot);
       const int result = step.result();
       if (result == 0) continue;
       if (KeptSlot(result) > 0) Copy(v, slot[KeptSlot(result) - 1]);
@@ -146,29 +149,30 @@ struct Interpreter {
     for (int j = 0; j < kSize; ++j) to[j] = from[j];
   }
 
-  // Fetches a step's second into `b`.
+  // Puts a step's second into its slot, unless it is there.
   static __device__ __forceinline__ void Fetch(const Program& program, const Step& step,
-                                               const Fragment& at, const Slots& slot,
-                                               const Values& v, Values& b) {
+                                               const Fragment& at, const Values& v, Slots& slot) {
     switch (step.second()) {
       case Second::kNone:
+      case Second::kSlot:
         return;
       case Second::kPrevious:
-        return Copy(v, b);
+        return Copy(v, slot[kSecondSlot]);
       case Second::kConstant:
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) b[j] = step.p0();
+        for (int j = 0; j < kSize; ++j) slot[kSecondSlot][j] = step.p0();
         return;
-      case Second::kSlot:
-        return Copy(slot[step.index()], b);
-      case Second::kOperand:
-        return Load(program, program.operand[step.index()], at, b);
+      case Second::kOperand: {
+        Values b;
+        Load(program, program.operand[step.index()], at, b);
+        return Copy(b, slot[kSecondSlot]);
+      }
     }
   }
 
-  static __device__ __forceinline__ void Dispatch(const Step& step, Values& v, Values& b,
-                                                  Slots& slot) {
+  static __device__ __forceinline__ void Dispatch(const Step& step, Values& v, Slots& slot) {
     const Value p0 = step.p0(), p1 = step.p1();
+    const Values& b = slot[step.second() == Second::kSlot ? step.index() : kSecondSlot];
     switch (step.code()) {
 #define FXFUSE_OP(name, arity, params) \
   case static_cast<int>(Opcode::name): \
@@ -191,9 +195,10 @@ struct Interpreter {
     }
   }
 
+  // v = op(v, b, c) over the fragment. Of b and c no more is read than the op takes.
   template <Opcode op>
-  static __device__ __forceinline__ void Execute(Values& v, Values& b, const Values& c, Value p0,
-                                                 Value p1) {
+  static __device__ __forceinline__ void Execute(Values& v, const Values& b, const Values& c,
+                                                 Value p0, Value p1) {
     constexpr int kArguments = kArity[static_cast<int>(op)];
     constexpr int kStep = std::is_same<Value, double>::value && kArguments < 3
                               ? (IsCompact(op) ? 1 : 2)  // functions of doubles are long
@@ -205,9 +210,12 @@ struct Interpreter {
     for (int i = 0; i < kSize; i += kStep) {
       Value result[kStep];
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) result[j] = Apply<Math, op>(v[j], b[j], c[j], p0, p1);
+      for (int j = 0; j < kStep; ++j) {
+        const Value second = kArguments > 1 ? b[i + j] : Value();
+        const Value third = kArguments > 2 ? c[i + j] : Value();
+        result[j] = Apply<Math, op>(v[j], second, third, p0, p1);
+      }
       Turn<kStep>(v);
-      if constexpr (kArguments > 1) Turn<kStep>(b);
 #pragma unroll
       for (int j = 0; j < kStep; ++j) v[kSize - kStep + j] = result[j];
     }

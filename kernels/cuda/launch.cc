@@ -16,27 +16,33 @@ int64_t PlaneBytes(int64_t rows, int64_t stride) {
 
 }  // namespace
 
-fxfuse_status Launch(const char* call, const char* kernel, const void* function, int64_t blocks,
-                     int threads, int shared_bytes, void* arguments, void* stream, int cluster) {
-  const fxfuse_status status = CheckLimit(call, "blocks", blocks, INT32_MAX);
+LaunchConfig::LaunchConfig(const DeviceLimits& device, int64_t blocks, int threads,
+                           int shared_bytes, void* stream, int cluster)
+    : blocks_(blocks) {
+  config_.gridDim = dim3(static_cast<unsigned>(blocks));
+  config_.blockDim = dim3(static_cast<unsigned>(threads));
+  config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config_.stream = static_cast<cudaStream_t>(stream);
+  config_.attrs = attribute_;
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attribute_[config_.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  if (device.turns) {
+    cudaLaunchAttribute& attribute = attribute_[config_.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+}
+
+fxfuse_status Launch(const char* call, const char* kernel, const void* function,
+                     const LaunchConfig& launch, void* arguments) {
+  const fxfuse_status status = CheckLimit(call, "blocks", launch.blocks(), INT32_MAX);
   if (status != FXFUSE_OK) return status;
   void* parameters[] = {arguments};
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelExC(&config, function, parameters);
-  if (error == cudaSuccess) return FXFUSE_OK;
-  // Taken off the runtime's record: it is told here, and must not surface again in a later call.
-  cudaGetLastError();
-  return Fail(FXFUSE_RUNTIME_ERROR, "%s: launch of %s: %s", call, kernel,
-              cudaGetErrorString(error));
+  const cudaError_t error = cudaLaunchKernelExC(&launch.config(), function, parameters);
+  return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, kernel, error);
 }
 
 fxfuse_status CheckLimit(const char* call, const char* field, int64_t value, int64_t limit) {
@@ -63,8 +69,9 @@ fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& proble
     const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
     blocks = std::min<int64_t>(all, device.Resident(kernel));
   }
-  return Launch(call, kernel.name, kernel.function, blocks, kPointwiseThreads,
-                SumBytes(kernel) * problem.program.output_count, &arguments, stream);
+  const LaunchConfig config(device.limits, blocks, kPointwiseThreads,
+                            SumBytes(kernel) * problem.program.output_count, stream);
+  return Launch(call, kernel.name, kernel.function, config, &arguments);
 }
 
 }  // namespace
@@ -86,7 +93,8 @@ void PartialSums(const fxfuse_problem& problem, const Device& device, const Poin
 }
 
 fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                             const PortableKernel& kernel, void* stream) {
+                             const DeviceLimits& device, const PortableKernel& kernel,
+                             void* stream) {
   PortableArguments arguments;
   arguments.a = pointers[FXFUSE_PTR_A];
   arguments.b = pointers[FXFUSE_PTR_B];
@@ -109,8 +117,9 @@ fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, vo
     arguments.special_b = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_B]);
   }
   TranslateProgram(problem, pointers, &arguments.program);
-  return Launch(call, kernel.name, kernel.function, int64_t{arguments.tiles_m} * arguments.tiles_n,
-                kernel.threads, kernel.shared_bytes, &arguments, stream);
+  const LaunchConfig config(device, int64_t{arguments.tiles_m} * arguments.tiles_n, kernel.threads,
+                            kernel.shared_bytes, stream);
+  return Launch(call, kernel.name, kernel.function, config, &arguments);
 }
 
 }  // namespace fxfuse

@@ -8,11 +8,11 @@ namespace fxfuse {
 const PointwisePair* PointwiseF32() {
   static const PointwisePair kernels[] = {
       {Describe<PointwiseConfig<DeviceFastMath, 8, 2, true>>("pointwise_fast", MathLevel::kFast),
-       DescribeSums<SumsConfig<DeviceFastMath, 8, 2>>("sums_fast", MathLevel::kFast)},
+       DescribeSums<PointwiseConfig<DeviceFastMath, 8, 2, false>>("sums_fast", MathLevel::kFast)},
       {Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half", MathLevel::kHalf),
-       DescribeSums<SumsConfig<DeviceHalfMath, 8, 2>>("sums_half", MathLevel::kHalf)},
+       DescribeSums<PointwiseConfig<DeviceHalfMath, 8, 2, false>>("sums_half", MathLevel::kHalf)},
       {Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact", MathLevel::kExact),
-       DescribeSums<SumsConfig<DeviceMath, 4, 4>>("sums_exact", MathLevel::kExact)},
+       DescribeSums<PointwiseConfig<DeviceMath, 4, 4, false>>("sums_exact", MathLevel::kExact)},
   };
   return kernels;
 }

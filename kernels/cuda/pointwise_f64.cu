@@ -8,7 +8,7 @@ namespace fxfuse {
 const PointwisePair& PointwiseF64() {
   static const PointwisePair kernels = {
       Describe<PointwiseConfig<DeviceDoubleMath, 4, 2, false>>("pointwise_f64", MathLevel::kDouble),
-      DescribeSums<SumsConfig<DeviceDoubleMath, 4, 2>>("sums_f64", MathLevel::kDouble)};
+      DescribeSums<PointwiseConfig<DeviceDoubleMath, 4, 2, false>>("sums_f64", MathLevel::kDouble)};
   return kernels;
 }
 

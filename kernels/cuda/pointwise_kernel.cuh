@@ -12,6 +12,7 @@
 #include "interpreter.cuh"
 #include "memory.cuh"
 #include "pointwise_kernel.h"
+#include "ptx.cuh"
 
 namespace fxfuse {
 
@@ -110,17 +111,10 @@ struct PointwiseConfig {
   using Fragment = RowFragment<kWidth, kGroups>;
   using Arguments = PointwiseArgumentsOf<typename ProgramOver<Value>::Program>;
   static constexpr bool kPrefetch = kPrefetch_;
-  // 80 registers a thread: 16 fragment values twice over (value and argument), as many words of
-  // the next fragment, and addresses.
+  // 80 registers a thread: 16 fragment values twice over (argument and result), as many words of
+  // the next fragment, and addresses. Gradients are long programs, whose time goes into
+  // instructions, not memory: they fetch nothing ahead.
   static constexpr int kBlocksPerSm = 3;
-};
-
-// Gradients are long programs, whose time goes into instructions, not memory: an H200 waits for the
-// instruction cache a quarter of it, more where there are more values a thread. 128 registers a
-// thread leave nothing to spill.
-template <class Math, int kWidth, int kGroups>
-struct SumsConfig : PointwiseConfig<Math, kWidth, kGroups, false> {
-  static constexpr int kBlocksPerSm = 2;
 };
 
 // A fragment of the accumulator as it lies in memory: 16-bit elements fill half of the words.
@@ -241,6 +235,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
                     (column_block * lanes + lane) * Fragment::kWidth);
   };
 
+  await_turn();
+
   // Loads of one fragment (or the next), program and store.
   Fragment at = position();
   RawFragment<Fragment, typename Config::Value> raw;
@@ -300,6 +296,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) Sums::Total(o, j, threadIdx.x) = 0.0f;
   }
+  await_turn();
 
   // Loads of one fragment, program, stores and sums. Threads beyond the last column take part: they
   // read what is inside and store nothing.

@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kBlocksPerSm)
   const uint32_t base = shared_address(shared);
   const LaneAddresses<Config> lane(warp_row, warp_column);
   WarpAccumulator<Config> accumulator = {};
+  await_turn();
 
   // Loads and mainloop.
   if constexpr (Config::kPlanes == 2) {

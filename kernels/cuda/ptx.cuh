@@ -9,6 +9,16 @@
 
 namespace fxfuse {
 
+// To be called before anything is read from or written to global memory. On sm_90 and newer a
+// kernel may be set up while the one before it in the stream still runs (see Launch): this waits
+// until that one is done and what it wrote can be seen, and then lets the next one be set up.
+__device__ __forceinline__ void await_turn() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The 32-bit address of a shared-memory object, as the instructions below take it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -338,6 +338,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 1)
   uint32_t stage_bytes = Config::kStageBytesB + place.groups * Config::kRows * Config::kRowBytes;
   uint32_t ring_bytes = arguments.depth * stage_bytes;
   uint32_t ring = shared_address(shared);
+  await_turn();
 
   // Loads: fill all stages but one.
   SkinnyLoader<Config> loader(arguments, place, column0, k0, count);

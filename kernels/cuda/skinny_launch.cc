@@ -119,7 +119,7 @@ fxfuse_status PrepareSkinny(const char* call, const DeviceLimits& device) {
 }
 
 fxfuse_status LaunchSkinny(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                           const SkinnyChoice& choice, void* stream) {
+                           const DeviceLimits& device, const SkinnyChoice& choice, void* stream) {
   const SkinnyKernel& kernel = *choice.kernel;
   SkinnyArguments arguments;
   arguments.a = static_cast<const float*>(pointers[FXFUSE_PTR_A]);
@@ -136,9 +136,10 @@ fxfuse_status LaunchSkinny(const char* call, const fxfuse_problem& problem, void
   arguments.depth = choice.depth;
   TranslateProgram(problem, pointers, &arguments.program);
   const int64_t tiles = CeilDivide(problem.n, kernel.TileColumns(choice.groups));
-  return Launch(call, kernel.name, kernel.function, tiles * choice.split, kSkinnyThreads,
-                SharedBytes(kernel, choice.groups, choice.split, choice.depth), &arguments, stream,
-                choice.split);
+  const LaunchConfig config(device, tiles * choice.split, kSkinnyThreads,
+                            SharedBytes(kernel, choice.groups, choice.split, choice.depth), stream,
+                            choice.split);
+  return Launch(call, kernel.name, kernel.function, config, &arguments);
 }
 
 }  // namespace fxfuse

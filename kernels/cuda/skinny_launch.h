@@ -26,7 +26,7 @@ fxfuse_status PrepareSkinny(const char* call, const DeviceLimits& device);
 
 // Enqueues one kernel; as in launch.h.
 fxfuse_status LaunchSkinny(const char* call, const fxfuse_problem& problem, void* const* pointers,
-                           const SkinnyChoice& choice, void* stream);
+                           const DeviceLimits& device, const SkinnyChoice& choice, void* stream);
 
 }  // namespace fxfuse
 

@@ -84,7 +84,8 @@ SplitMatrix Describe(const fxfuse_split& matrix) {
 }
 
 // All in one launch of the kernel the widest of them needs.
-fxfuse_status LaunchRows(const char* call, SplitArguments* arguments, void* stream) {
+fxfuse_status LaunchRows(const char* call, const DeviceLimits& device, SplitArguments* arguments,
+                         void* stream) {
   int64_t columns = 0;
   for (const SplitMatrix& matrix : arguments->matrix) {
     columns = std::max<int64_t>(columns, matrix.plane_stride);
@@ -103,7 +104,8 @@ fxfuse_status LaunchRows(const char* call, SplitArguments* arguments, void* stre
         static_cast<int32_t>(CeilDivide(matrix.rows, kernel.threads >> matrix.log2_lanes));
     blocks += matrix.blocks;
   }
-  return Launch(call, kernel.name, kernel.function, blocks, kernel.threads, 0, arguments, stream);
+  const LaunchConfig config(device, blocks, kernel.threads, 0, stream);
+  return Launch(call, kernel.name, kernel.function, config, arguments);
 }
 
 fxfuse_status Zero(const char* call, const char* what, void* data, int64_t count, void* stream) {
@@ -112,7 +114,8 @@ fxfuse_status Zero(const char* call, const char* what, void* data, int64_t count
   return error == cudaSuccess ? FXFUSE_OK : CudaFailure(call, what, error);
 }
 
-fxfuse_status LaunchColumns(const char* call, SplitMatrix matrix, void* stream) {
+fxfuse_status LaunchColumns(const char* call, const DeviceLimits& device, SplitMatrix matrix,
+                            void* stream) {
   fxfuse_status status = Zero(call, "cudaMemsetAsync of root", matrix.root, matrix.rows, stream);
   if (status == FXFUSE_OK && matrix.special != nullptr) {
     status = Zero(call, "cudaMemsetAsync of special", matrix.special, matrix.rows, stream);
@@ -125,8 +128,8 @@ fxfuse_status LaunchColumns(const char* call, SplitMatrix matrix, void* stream) 
     if (status != FXFUSE_OK) break;
     const int64_t blocks =
         CeilDivide(matrix.rows, step.tile_rows) * CeilDivide(columns, step.tile_columns);
-    status = Launch(call, step.kernel.name, step.kernel.function, blocks, step.kernel.threads, 0,
-                    &matrix, stream);
+    const LaunchConfig config(device, blocks, step.kernel.threads, 0, stream);
+    status = Launch(call, step.kernel.name, step.kernel.function, config, &matrix);
   }
   return status;
 }
@@ -160,7 +163,8 @@ fxfuse_status PrepareSplit(const char* call) {
   return FXFUSE_OK;
 }
 
-fxfuse_status LaunchSplit(const char* call, const fxfuse_split* matrices, int count, void* stream) {
+fxfuse_status LaunchSplit(const char* call, const DeviceLimits& device,
+                          const fxfuse_split* matrices, int count, void* stream) {
   SplitArguments rows = {};
   int row_matrices = 0;
   for (int i = 0; i < count; ++i) {
@@ -170,10 +174,10 @@ fxfuse_status LaunchSplit(const char* call, const fxfuse_split* matrices, int co
       rows.matrix[row_matrices++] = matrix;
       continue;
     }
-    const fxfuse_status status = LaunchColumns(call, matrix, stream);
+    const fxfuse_status status = LaunchColumns(call, device, matrix, stream);
     if (status != FXFUSE_OK) return status;
   }
-  return row_matrices == 0 ? FXFUSE_OK : LaunchRows(call, &rows, stream);
+  return row_matrices == 0 ? FXFUSE_OK : LaunchRows(call, device, &rows, stream);
 }
 
 }  // namespace fxfuse

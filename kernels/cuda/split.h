@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "choose.h"
 #include "include/fxfuse.h"
 
 namespace fxfuse {
@@ -66,7 +67,8 @@ fxfuse_status CheckSplit(const char* call, const fxfuse_split* matrices, int cou
 fxfuse_status PrepareSplit(const char* call);
 
 // Enqueues what splits checked matrices on `stream` (a cudaStream_t).
-fxfuse_status LaunchSplit(const char* call, const fxfuse_split* matrices, int count, void* stream);
+fxfuse_status LaunchSplit(const char* call, const DeviceLimits& device,
+                          const fxfuse_split* matrices, int count, void* stream);
 
 }  // namespace fxfuse
 

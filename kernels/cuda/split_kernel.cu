@@ -6,6 +6,7 @@
 // instead of its columns, and rows beyond any block's registers, are read twice.
 
 #include "memory.cuh"
+#include "ptx.cuh"
 #include "split.h"
 
 namespace fxfuse {
@@ -194,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
   const bool inside = row < matrix.rows;
   const float* const source = matrix.source + (inside ? row * matrix.stride : 0);
   const int valid = inside ? matrix.k : 0;
+  await_turn();
   const int first = lane * kWidth, step = lanes * kWidth, stride = lanes * kSplitElements;
 
   // Load, and the largest element of the row.
@@ -269,6 +271,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int own = static_cast<int>(threadIdx.x) % 32 * 4;
   const int valid = matrix.rows - first_row - own;
   if (threadIdx.x < kMaximaRows) largest[threadIdx.x] = 0;
+  await_turn();
   __syncthreads();
 
   uint32_t mine[4] = {};
@@ -331,6 +334,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int own = lane * 4;
   const int valid = matrix.rows - first_row - own;
   const bool two = matrix.planes == 2;
+  await_turn();
 
   // Load.
   float values[kPairs][2][4];

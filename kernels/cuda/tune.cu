@@ -185,7 +185,11 @@ void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
           pointers[FXFUSE_PTR_SPECIAL_A + i] = planes[i]->Special(set);
         }
       }
-      if (LaunchPortable("tune", problem, pointers, kernel, nullptr) == FXFUSE_OK) return;
+      const Device* device;
+      if (CurrentDevice("tune", &device) == FXFUSE_OK &&
+          LaunchPortable("tune", problem, pointers, device->limits, kernel, nullptr) == FXFUSE_OK) {
+        return;
+      }
       fprintf(stderr, "%s\n", fxfuse_last_error());
       exit(1);
     };
