@@ -246,7 +246,7 @@ def prefers_planes(
             return False
         # Of a shorter K cuBLAS's sums in fp32 are the more accurate ones, and a small product is a
         # matter of launches.
-        large = k >= 64 and n * k >= 2**18
+        large = k > 64 and n * k >= 2**18
         if capability != (9, 0) and k > 4096:
             return False
         return large and m >= _PLANES_ROWS[capability][0 if frozen_weight else 1]
@@ -263,12 +263,10 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "auto"
     if bits == 32:
         return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
-    if m > 64 and (n % 32 or k % 64):
-        return "cublas"  # rows that begin inside a cache line arrive slowly
+    if m > 64 and (n % 8 or (k % 64 and k > 1024)):
+        return "cublas"  # our tiles would store by element, or read rows from inside a cache line
     if m <= 64 and k >= 16 * n:
         return "cublas"  # all of the time goes into adding up what many blocks have of K
-    if 256 < m <= 512 and max(n, k) <= 1024:
-        return "cublas"  # too much for the portable tiles, too little for the Hopper route's
     # Few tiles and a long K: cuBLAS divides K with less to add up, but for the longest.
     few_tiles = m >= 256 and -(-m // 128) * -(-n // 128) <= 64
     return "cublas" if few_tiles and k >= 4 * n and (m > 512 or k < 16 * n) else "auto"

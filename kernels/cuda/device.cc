@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 
@@ -47,10 +48,19 @@ fxfuse_status PreparePointwise(const char* call, Device* device) {
     for (const bool sums : {false, true}) {
       const PointwiseKernel& kernel = PointwiseKernelFor(static_cast<MathLevel>(i), sums);
       int& blocks = device->pointwise_blocks[i][sums ? 1 : 0];
-      const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &blocks, kernel.function, kPointwiseThreads, SumBytes(kernel));
+      cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function,
+                                                                        kMostPointwiseThreads, 0);
+      if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     device->limits.shared_bytes_per_block);
+      }
+      // The L1 has nothing to hold but slots, and those are in shared memory.
+      if (error == cudaSuccess) {
+        error =
+            cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+      }
       if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
-      blocks *= device->limits.sm_count;
     }
   }
   return FXFUSE_OK;
@@ -66,6 +76,7 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
       {cudaDevAttrComputeCapabilityMinor, &minor},
       {cudaDevAttrMultiProcessorCount, &device->limits.sm_count},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->limits.shared_bytes_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device->shared_bytes_per_sm},
   };
   for (const auto& query : queries) {
     const cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, index);
@@ -90,6 +101,25 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
 }
 
 }  // namespace
+
+Device::PointwiseUse Device::Use(const PointwiseKernel& kernel,
+                                 const fxfuse_problem& problem) const {
+  constexpr int kReserved = 1024;  // of each block, by the system
+  const int most = pointwise_blocks[static_cast<int>(kernel.math)][kernel.sums ? 1 : 0];
+  const int bytes = SharedBytesOfThread(kernel, problem);
+  PointwiseUse best = {};
+  int best_threads = 0;  // of an SM
+  for (int threads = kMostPointwiseThreads; threads >= kFewestPointwiseThreads; threads /= 2) {
+    if (threads * bytes > limits.shared_bytes_per_block) continue;
+    const int blocks = std::min(most * (kMostPointwiseThreads / threads),
+                                shared_bytes_per_sm / (threads * bytes + kReserved));
+    // A smaller block must be worth its own sums.
+    if (blocks * threads * 4 <= best_threads * 5) continue;
+    best = {threads, threads * bytes, blocks * limits.sm_count};
+    best_threads = blocks * threads;
+  }
+  return best;
+}
 
 fxfuse_status CudaFailure(const char* call, const char* what, cudaError_t error) {
   cudaGetLastError();

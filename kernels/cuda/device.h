@@ -13,13 +13,17 @@ namespace fxfuse {
 
 struct Device {
   DeviceLimits limits;
-  // Blocks of each pointwise kernel, without sums and with them, that are resident at a time, on
-  // the whole device.
+  // Blocks of each pointwise kernel, without sums and with them, that an SM has registers for.
   int pointwise_blocks[kMathLevels][2];
+  int shared_bytes_per_sm;
 
-  int Resident(const PointwiseKernel& kernel) const {
-    return pointwise_blocks[static_cast<int>(kernel.math)][kernel.sums ? 1 : 0];
-  }
+  // A problem's blocks: their threads and shared memory, and how many the whole device holds.
+  struct PointwiseUse {
+    int threads;
+    int shared_bytes;
+    int resident;
+  };
+  PointwiseUse Use(const PointwiseKernel& kernel, const fxfuse_problem& problem) const;
 };
 
 // FXFUSE_RUNTIME_ERROR that says what `call` was at. Takes the error off the runtime's record: it

@@ -241,29 +241,55 @@ DeviceStep Fetch(const fxfuse_instruction& instruction, int j, int code,
                  const Constants& constants) {
   DeviceStep step = {};
   step.code = static_cast<uint8_t>(code);
-  step.index = instruction.index[j];
+  const int index = instruction.index[j];
+  step.index = kSecondSlot;
   switch (instruction.source[j]) {
     case FXFUSE_FROM_PREVIOUS:
       step.second = Second::kPrevious;
       break;
     case FXFUSE_FROM_SLOT:
       step.second = Second::kSlot;
+      step.index = static_cast<uint8_t>(kFirstSlot + index);
       break;
     case FXFUSE_FROM_OPERAND:
-      step.second = Second::kOperand;
+      step.second = static_cast<Second>(static_cast<int>(Second::kOperand) + index);
       break;
     default:
       step.second = Second::kConstant;
-      step.p0 = constants(instruction, step.index);
+      step.p0 = constants(instruction, index);
   }
   return step;
+}
+
+// Whether an instruction that copies what the one before left is no step of its own: `before`
+// (null: the accumulator, whose slot is `first_slot`) can write its result to one more place.
+bool IsMerged(const fxfuse_instruction& instruction, DeviceStep* before, int16_t* first_slot) {
+  const bool copies = instruction.opcode == static_cast<uint16_t>(Opcode::copy);
+  if (!copies || instruction.source[0] != FXFUSE_FROM_PREVIOUS) return false;
+  const int slot = instruction.save + 1, output = instruction.store + 1;
+  static_assert(kFirstSlot == 1, "and so no slot is 0");
+  if (before == nullptr) {
+    if (output > 0 || *first_slot > 0) return false;
+    *first_slot = static_cast<int16_t>(slot);
+    return true;
+  }
+  const int stored = StoredOutput(before->result);
+  if (slot > 0 && KeptSlot(before->result) > 0) return false;
+  if (output > 0 && stored > 0 && (output != stored + 1 || StoredAgain(before->result))) {
+    return false;
+  }
+  before->result |= slot;
+  if (output > 0) before->result |= stored > 0 ? 1 << 6 : output << 3;
+  return true;
 }
 
 // Fills the steps from the program's instructions.
 void TranslateSteps(const fxfuse_instruction* instructions, int count, const Constants& constants,
                     DeviceProgram* program) {
   DeviceStep* next = program->step;
+  program->first_slot = 0;
   for (const fxfuse_instruction* i = instructions; i < instructions + count; ++i) {
+    if (IsMerged(*i, next > program->step ? next - 1 : nullptr, &program->first_slot)) continue;
     const auto fetch = [&](int j, int code) { *next++ = Fetch(*i, j, code, constants); };
     const auto is_previous = [&](int j) { return i->source[j] == FXFUSE_FROM_PREVIOUS; };
     if (i->arity == 3) fetch(2, kKeepThird);
@@ -272,7 +298,7 @@ void TranslateSteps(const fxfuse_instruction* instructions, int count, const Con
     DeviceStep op = {};
     if (swapped) {
       op.second = Second::kSlot;
-      op.index = kSpareSlot;
+      op.index = kSecondSlot;
     } else if (i->arity > 1) {
       op = Fetch(*i, 1, i->opcode, constants);
     }
@@ -286,13 +312,22 @@ void TranslateSteps(const fxfuse_instruction* instructions, int count, const Con
   }
   *next = {};  // is read ahead of time, and what it says of constants followed
   program->step_count = static_cast<int32_t>(next - program->step);
+  int last = program->first_slot > 0 ? program->first_slot : -1;
+  for (const DeviceStep* step = program->step; step < next; ++step) {
+    if (step->second != Second::kNone) last = std::max<int>(last, step->index);
+    if (step->code == kKeepThird) last = std::max(last, kThirdSlot);
+    if (KeptSlot(step->result) > 0) last = std::max(last, KeptSlot(step->result));
+  }
+  program->slot_count = static_cast<int16_t>(last + 1);
   program->leading_row = kNoOperand;
   const DeviceStep& first = program->step[0];
   if (first.code != static_cast<int>(Opcode::add) || first.result != 0) return;
-  if (first.second != Second::kOperand) return;
-  const DeviceOperand& operand = program->operand[first.index];
+  if (program->first_slot > 0) return;
+  if (first.second < Second::kOperand) return;
+  const int index = OperandOf(first.second);
+  const DeviceOperand& operand = program->operand[index];
   if (operand.access == Access::kVector && operand.row_stride == 0) {
-    program->leading_row = first.index;
+    program->leading_row = index;
   }
 }
 
@@ -358,10 +393,21 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Doub
          program.instruction_count * sizeof(program.immediate_f64[0]));
 }
 
-int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
-  static void* const kNone[FXFUSE_PTR_COUNT] = {};
+namespace {
+
+void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
+
+}  // namespace
+
+int SlotCount(const fxfuse_problem& problem) {
   DeviceProgram program;
-  TranslateProgram(problem, pointers != nullptr ? pointers : kNone, &program);
+  TranslateProgram(problem, kNoPointers, &program);
+  return program.slot_count;
+}
+
+int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
+  DeviceProgram program;
+  TranslateProgram(problem, pointers != nullptr ? pointers : kNoPointers, &program);
   return program.chain_count > 0 ? program.output[program.chain_output[0]].dtype : kNoChain;
 }
 

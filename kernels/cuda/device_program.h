@@ -82,34 +82,42 @@ constexpr int kMinChainGroup = 32;  // columns
 // The bias is one more operand, added by one more instruction.
 constexpr int kBiasOperand = FXFUSE_MAX_OPERANDS;
 
-// Where a step's second is fetched from.
-enum class Second : uint8_t { kNone, kPrevious, kConstant, kSlot, kOperand };
+// Where a step's second comes from: what lies in no slot is put into kSecondSlot for the step. From
+// kOperand on it is the operand of that number.
+enum class Second : uint8_t { kNone, kSlot, kPrevious, kConstant, kOperand };
+
+FXFUSE_HD constexpr int OperandOf(Second second) {
+  return static_cast<int>(second) - static_cast<int>(Second::kOperand);
+}
 
 // An instruction, or part of one, as Interpreter takes it: on two values held in registers, the
 // first what the step before left, the second fetched for the step.
 struct DeviceStep {
   uint8_t code;  // an Opcode, or one of those below
   Second second;
-  uint8_t index;   // of the slot or operand that the second is fetched from
-  uint8_t result;  // where it goes: see KeptSlot and StoredOutput
+  uint8_t index;   // of the slot that holds the second
+  uint8_t result;  // where it goes: see KeptSlot, StoredOutput and StoredAgain
   float p0, p1;    // the op's parameters; or p0 is the second
 };
 
 // Codes beside those of ops.
 constexpr int kTake = 253;       // the second becomes the first
-constexpr int kSwap = 254;       // and the first is kept in kSpareSlot
+constexpr int kSwap = 254;       // and the first is kept in kSecondSlot
 constexpr int kKeepThird = 255;  // the second is kept in kThirdSlot, which ops of three read
 static_assert(kOpcodeCount <= kTake, "opcodes fit a step");
 
-// Beyond the program's own.
-constexpr int kThirdSlot = FXFUSE_MAX_SLOTS, kSpareSlot = kThirdSlot + 1;
-constexpr int kSecondSlot = kSpareSlot + 1;  // of the present step, if it is in no other
-constexpr int kDeviceSlots = kSecondSlot + 1;
+// Slots beside the program's own, which have the numbers between.
+constexpr int kSecondSlot = 0;  // the second of the present step, if it is in no other
+constexpr int kFirstSlot = 1;
+constexpr int kThirdSlot = kFirstSlot + FXFUSE_MAX_SLOTS;
+constexpr int kDeviceSlots = kThirdSlot + 1;
 
-// The slot or output that the result is written to, one more than its number; 0: none.
+// The slot that the result is written to, and one more than the number of the output; 0: none.
 FXFUSE_HD constexpr int KeptSlot(int result) { return result & 7; }
 FXFUSE_HD constexpr int StoredOutput(int result) { return result >> 3 & 7; }
-static_assert(FXFUSE_MAX_SLOTS < 8 && FXFUSE_MAX_OUTPUTS < 8, "three bits each");
+// Whether it is written to the next output as well.
+FXFUSE_HD constexpr int StoredAgain(int result) { return result >> 6 & 1; }
+static_assert(kThirdSlot < 8 && FXFUSE_MAX_OUTPUTS < 8, "three bits each");
 
 // An instruction of three arguments is at most three steps, and the bias one; the one past the last
 // is read as well.
@@ -118,8 +126,10 @@ constexpr int kNoOperand = -1;
 
 struct DeviceProgram {
   int32_t step_count;
-  uint32_t rows;     // M
-  uint32_t columns;  // N
+  int16_t slot_count;  // of all slots, up to the last that is used
+  int16_t first_slot;  // that the accumulator is written to; 0: none
+  uint32_t rows;       // M
+  uint32_t columns;    // N
   // Bit i: operand i is read in whole vectors of adjacent columns, all rows alike or each its own.
   uint16_t row_operands;
   uint16_t full_operands;
@@ -171,6 +181,9 @@ int GroupWidth(const fxfuse_problem& problem);
 // Whether such ops can add up where threads side by side have `width` columns each: every group is
 // that times a power of two, up to a warp's.
 bool LanesCoverGroups(const fxfuse_problem& problem, int width);
+
+// The slots that the steps of a problem's program need.
+int SlotCount(const fxfuse_problem& problem);
 
 // Whether any output is summed.
 bool HasSums(const fxfuse_problem& problem);

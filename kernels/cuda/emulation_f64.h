@@ -254,9 +254,10 @@ inline std::vector<double> RunDouble(Opcode op, int64_t rows, int64_t columns,
   pointers[FXFUSE_PTR_OPERAND + 1] = const_cast<double*>(c.data());
   pointers[FXFUSE_PTR_OUTPUT] = out.data();
 
-  const PointwiseGrid grid = DividePointwise(PointwiseF64()[0], rows, columns);
+  const PointwiseGrid grid =
+      DividePointwise(PointwiseF64()[0], kFewestPointwiseThreads, rows, columns);
   const DoubleArguments arguments = DescribePointwise<DoubleArguments>(problem, pointers, grid);
-  emulation::Launch(static_cast<int>(grid.column_blocks * grid.row_blocks), kPointwiseThreads,
+  emulation::Launch(static_cast<int>(grid.column_blocks * grid.row_blocks), grid.threads,
                     [&] { PointwiseProgram<Config>(arguments); });
   return out;
 }

@@ -319,14 +319,15 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   const std::vector<In> accumulator = Random<In>(m * stride);
   Case<Out> test(m, n, padding);
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
+      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups},
+                      m % 2 == 0 ? kMostPointwiseThreads : kFewestPointwiseThreads, m, n);
   test.problem.lda = stride, test.problem.input_dtype = kDtype<In>;
   test.pointers[FXFUSE_PTR_A] = const_cast<In*>(accumulator.data());
   const auto arguments =
       DescribePointwise<typename Config::Arguments>(test.problem, test.pointers, grid);
   emulation::matrices_read = emulation::bank_conflicts = 0;
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
-  emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
+  emulation::Launch(std::min(blocks, resident), grid.threads,
                     [&] { PointwiseProgram<Config>(arguments); });
   test.Check("pointwise", [&](int64_t i, int64_t j) { return Exact(accumulator[i * stride + j]); });
 }
@@ -449,11 +450,11 @@ void TestGroups(int64_t m, int64_t n, int width, int resident) {
     output[i].assign(m * n, T(kUntouched));
     pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
   }
-  const PointwiseGrid grid =
-      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, m, n);
+  const PointwiseGrid grid = DividePointwise(
+      {"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, kMostPointwiseThreads, m, n);
   const auto arguments = DescribePointwise<PointwiseArguments>(problem, pointers, grid);
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
-  emulation::Launch(std::min(blocks, resident), kPointwiseThreads,
+  emulation::Launch(std::min(blocks, resident), grid.threads,
                     [&] { PointwiseProgram<Config>(arguments); });
   double worst = 0;
   for (int64_t i = 0; i < m; ++i) {
@@ -538,7 +539,8 @@ void TestSums(int64_t m, int64_t n, int resident) {
   const PointwiseKernel kernel = {"", nullptr, MathLevel::kExact, true, kWidth, kGroups};
   const std::vector<In> accumulator = Random<In>(m * n);
   const std::vector<Value> row = Random<Value>(n);
-  const PointwiseGrid grid = DividePointwise(kernel, m, n);
+  const int threads = m % 2 == 0 ? kMostPointwiseThreads : kFewestPointwiseThreads;
+  const PointwiseGrid grid = DividePointwise(kernel, threads, m, n);
   const PointwiseStrips strips = DivideSums(grid, resident);
 
   fxfuse_problem problem = {};
@@ -566,8 +568,8 @@ void TestSums(int64_t m, int64_t n, int resident) {
   for (int i = 0; i < 4; ++i) pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
 
   auto arguments = DescribePointwise<typename Config::Arguments>(problem, pointers, grid);
-  arguments.strip_blocks = strips.strip_blocks;
-  emulation::Launch(static_cast<int>(grid.column_blocks * strips.p), kPointwiseThreads,
+  arguments.strips = strips.p;
+  emulation::Launch(static_cast<int>(grid.column_blocks * strips.p), grid.threads,
                     [&] { PointwiseSums<Config>(arguments); });
 
   const auto value = [&](int64_t i, int64_t j) -> double {

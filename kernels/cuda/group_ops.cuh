@@ -15,10 +15,11 @@ class GroupOps {
   using Value = typename Math::Value;
   using Values = Value[kSize];
 
-  // Leaves the result in `v`, the first argument; `b`, in memory, is the second, where there is
-  // one. To be called by whole warps.
-  static __device__ __forceinline__ void Run(Opcode op, Values& v, const Values& b, Value width,
-                                             Value eps) {
+  // Leaves the result in `v`, the first argument. second(from, to) fetches values of the second,
+  // where there is one. To be called by whole warps.
+  template <class Second>
+  static __device__ __forceinline__ void Run(Opcode op, Values& v, const Second& second,
+                                             Value width, Value eps) {
     const int lanes = static_cast<int>(width) / kWidth;
     const Value each = Math::rcp(width);
     // One vector at a time, the one at the fragment's front, or registers would run out.
@@ -27,8 +28,7 @@ class GroupOps {
       Value result[kWidth];
       if (op == Opcode::normalize_grad) {
         Value x[kWidth];
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) x[j] = b[g * kWidth + j];
+        second(g * kWidth, x);
         const Value rstd = Normalize(lanes, each, eps, x);
         const Value mean = each * Sum(lanes, [&](int j) { return v[j]; });
         const Value slope = each * Sum(lanes, [&](int j) { return v[j] * x[j]; });

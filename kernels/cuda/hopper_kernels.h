@@ -11,8 +11,7 @@ namespace fxfuse {
 
 // How B reaches shared memory, and with it which columns a lane's accumulators are.
 enum class LayoutB : int32_t {
-  kInterleaved,  // B [N, K], N a multiple of 32: rows in an order that leaves lanes adjacent
-                 // columns
+  kInterleaved,  // B [N, K], N a multiple of 8: rows in an order that leaves lanes adjacent columns
   kRows,         // B [N, K], rows in their own order
   kColumns       // B [K, N]
 };
@@ -22,6 +21,7 @@ struct HopperArguments {
   // of edge_a and edge_b rows. Of a B [K, N] all boxes have 64 columns.
   CUtensorMap a, b;
   CUtensorMap a_edge, b_edge;
+  CUtensorMap b_tail;  // of an interleaved B, the rows from the last multiple of 32 on
   int32_t edge_a, edge_b;
   LayoutB layout_b;
   int32_t half;    // inputs are fp16, not bf16

@@ -48,10 +48,14 @@ fxfuse_status Encode(const char* call, const char* name, const void* data, int d
     box[i] = static_cast<cuuint32_t>(tensor.box[i]);
     if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(tensor.stride[i - 1]) * 2;
   }
+  // Where rows begin inside a cache line, to fetch its neighbour, too, is too much.
+  const bool whole_lines = tensor.stride[0] % 64 == 0;
   const CUresult result =
       encode(map, type, tensor.rank, const_cast<void*>(data), sizes, strides, box, kSteps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+
+             whole_lines ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return FXFUSE_OK;
   return Fail(FXFUSE_RUNTIME_ERROR, "%s: cuTensorMapEncodeTiled of %s [%lld, %lld]: error %d", call,
               name, static_cast<long long>(tensor.size[1]), static_cast<long long>(tensor.size[0]),
@@ -89,11 +93,12 @@ Tensor DescribeA(const fxfuse_problem& problem, int box) {
 
 LayoutB ChooseLayoutB(const fxfuse_problem& problem) {
   if (problem.b_transposed) return LayoutB::kColumns;
-  return PlaneRows(problem, problem.n) % 32 == 0 ? LayoutB::kInterleaved : LayoutB::kRows;
+  return problem.n % 8 == 0 || problem.planes > 0 ? LayoutB::kInterleaved : LayoutB::kRows;
 }
 
 // Row 32 u + 8 q + 2 j + e of B becomes row 32 u + 8 j + 2 q + e of a tile: as a tensor, B's rows
-// have the dimensions e, q, j, u.
+// have the dimensions e, q, j, u. Those beyond the last multiple of 32 are a tensor of their own
+// (DescribeTail), of fewer q.
 Tensor DescribeB(const fxfuse_problem& problem, LayoutB layout, int box) {
   const int64_t n = AllRows(problem, problem.n), k = problem.k;
   const int64_t row = RowStride(n, k, problem.ldb);
@@ -102,6 +107,17 @@ Tensor DescribeB(const fxfuse_problem& problem, LayoutB layout, int box) {
   }
   if (layout == LayoutB::kRows) return {2, {k, n}, {row}, {64, box}};
   return {2, {n, k}, {RowStride(k, n, problem.ldb)}, {64, 64}};
+}
+
+int TailRows(const fxfuse_problem& problem) {
+  return static_cast<int>(PlaneRows(problem, problem.n) % 32);
+}
+
+Tensor DescribeTail(const fxfuse_problem& problem) {
+  const int64_t k = problem.k;
+  const int64_t row = RowStride(problem.n, k, problem.ldb);
+  return {
+      5, {k, 2, TailRows(problem) / 8, 4, 1}, {row, 8 * row, 2 * row, 32 * row}, {64, 2, 4, 4, 1}};
 }
 
 int EdgeB(const fxfuse_problem& problem, LayoutB layout) {
@@ -242,10 +258,16 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
       arguments.edge_a, [&](int box) { return DescribeA(problem, box); }, &arguments.a,
       &arguments.a_edge);
   if (status != FXFUSE_OK) return status;
+  const int tail = arguments.layout_b == LayoutB::kInterleaved ? TailRows(problem) : 0;
   status = EncodeBoth(
-      call, "B", pointers[FXFUSE_PTR_B], problem.input_dtype, problem.n, kernel.tile_n,
+      call, "B", pointers[FXFUSE_PTR_B], problem.input_dtype, problem.n - tail, kernel.tile_n,
       arguments.edge_b, [&](int box) { return DescribeB(problem, arguments.layout_b, box); },
       &arguments.b, &arguments.b_edge);
+  if (status == FXFUSE_OK && tail > 0) {
+    const int64_t bytes = (problem.n - tail) * problem.ldb * 2;
+    status = Encode(call, "the tail of B", static_cast<char*>(pointers[FXFUSE_PTR_B]) + bytes,
+                    problem.input_dtype, DescribeTail(problem), &arguments.b_tail);
+  }
   if (status != FXFUSE_OK) return status;
   const int64_t tiles_m = CeilDivide(problem.m, kernel.tile_m);
   const int64_t tiles_n = CeilDivide(problem.n, kernel.tile_n);

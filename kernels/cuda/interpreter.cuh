@@ -101,10 +101,37 @@ struct ProgramOver<double> {
 // In place of sums, for kernels whose problems have none.
 struct NoSums {};
 
+// A thread's slots in local memory: registers cannot be indexed.
+template <class Value, int kSize>
+class LocalSlots {
+ public:
+  __device__ __forceinline__ LocalSlots() {}
+
+  // Values `from` and after of a slot.
+  template <int kCount>
+  __device__ __forceinline__ void Read(int slot, int from, Value (&to)[kCount]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) to[j] = value_[slot][from + j];
+  }
+  __device__ __forceinline__ void Write(int slot, const Value (&from)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) value_[slot][j] = from[j];
+  }
+  __device__ __forceinline__ void Fill(int slot, Value value) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) value_[slot][j] = value;
+  }
+
+ private:
+  Value value_[kDeviceSlots][kSize];
+};
+
 // Sums: what takes the values of outputs that are summed, by Add(program, output, at, values).
 // kGroups: whether programs may have ops over groups of columns. Then all lanes of a warp run at
 // once, and those side by side have adjacent columns, from a multiple of every group's width on.
-template <class Fragment, class Math, class Sums = NoSums, bool kGroups = false>
+// Slots: as LocalSlots.
+template <class Fragment, class Math, class Sums = NoSums, bool kGroups = false,
+          class Slots = LocalSlots<typename Math::Value, Fragment::kSize>>
 struct Interpreter {
   static constexpr int kSize = Fragment::kSize;
   static constexpr bool kSums = !std::is_same<Sums, NoSums>::value;
@@ -115,90 +142,83 @@ struct Interpreter {
 
   // Leaves the program's last value in `v`, beginning at step `first`.
   static __device__ __forceinline__ void Run(const Program& program, const Fragment& at, Values& v,
-                                             int first = 0, Sums sums = {}) {
-    Slots slot;
+                                             int first = 0, Sums sums = {}, Slots slot = {}) {
     Step next(program, first);
+    if (program.first_slot > 0) slot.Write(program.first_slot, v);
 #pragma unroll 1
     for (int i = first; i < program.step_count; ++i) {
       const Step step = next;
       next = Step(program, i + 1);
-      Fetch(program, step, at, v, slot);
+      if (step.second() > Second::kSlot) Fetch(program, step, at, v, slot);
       Dispatch(step, v, slot);
       const int result = step.result();
       if (result == 0) continue;
-      if (KeptSlot(result) > 0) Copy(v, slot[KeptSlot(result) - 1]);
+      if (KeptSlot(result) > 0) slot.Write(KeptSlot(result), v);
       if (StoredOutput(result) == 0) continue;
-      const int index = StoredOutput(result) - 1;
-      const DeviceOutput& output = program.output[index];
-      if constexpr (kSums) {
-        if (output.sum != FXFUSE_SUM_NONE) {
-          sums.Add(program, index, at, v);
-          continue;
+      const int last = StoredOutput(result) - 1 + StoredAgain(result);
+#pragma unroll 1
+      for (int index = StoredOutput(result) - 1; index <= last; ++index) {
+        const DeviceOutput& output = program.output[index];
+        if constexpr (kSums) {
+          if (output.sum != FXFUSE_SUM_NONE) {
+            sums.Add(program, index, at, v);
+            continue;
+          }
         }
+        Store(program, output, at, v);
       }
-      Store(program, output, at, v);
     }
   }
 
  private:
-  // Indexed at run time, hence in local memory.
-  using Slots = Value[kDeviceSlots][kSize];
-
-  static __device__ __forceinline__ void Copy(const Values& from, Values& to) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) to[j] = from[j];
-  }
-
-  // Puts a step's second into its slot, unless it is there.
+  // Puts a step's second, which lies in no slot, into the one for it.
   static __device__ __forceinline__ void Fetch(const Program& program, const Step& step,
                                                const Fragment& at, const Values& v, Slots& slot) {
-    switch (step.second()) {
-      case Second::kNone:
-      case Second::kSlot:
-        return;
-      case Second::kPrevious:
-        return Copy(v, slot[kSecondSlot]);
-      case Second::kConstant:
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) slot[kSecondSlot][j] = step.p0();
-        return;
-      case Second::kOperand: {
-        Values b;
-        Load(program, program.operand[step.index()], at, b);
-        return Copy(b, slot[kSecondSlot]);
-      }
-    }
+    if (step.second() == Second::kPrevious) return slot.Write(kSecondSlot, v);
+    if (step.second() == Second::kConstant) return slot.Fill(kSecondSlot, step.p0());
+    Values b;
+    Load(program, program.operand[OperandOf(step.second())], at, b);
+    slot.Write(kSecondSlot, b);
   }
 
   static __device__ __forceinline__ void Dispatch(const Step& step, Values& v, Slots& slot) {
     const Value p0 = step.p0(), p1 = step.p1();
-    const Values& b = slot[step.second() == Second::kSlot ? step.index() : kSecondSlot];
+    const int b = step.index();
     switch (step.code()) {
 #define FXFUSE_OP(name, arity, params) \
   case static_cast<int>(Opcode::name): \
-    return Execute<Opcode::name>(v, b, slot[kThirdSlot], p0, p1);
+    return Execute<Opcode::name>(v, slot, b, p0, p1);
 #define FXFUSE_GROUP_OP(name, arity, params) case static_cast<int>(Opcode::name):
 #include "opcodes.def"
 #undef FXFUSE_GROUP_OP
 #undef FXFUSE_OP
       if constexpr (kGroups) {
-        GroupOps<Fragment, Math>::Run(static_cast<Opcode>(step.code()), v, b, p0, p1);
+        const auto second = [&](int from, auto& to) { slot.Read(b, from, to); };
+        GroupOps<Fragment, Math>::Run(static_cast<Opcode>(step.code()), v, second, p0, p1);
       }
       return;
-      case kSwap:
-        Copy(v, slot[kSpareSlot]);
-        return Copy(b, v);
+      case kSwap: {
+        Values first;
+        slot.Read(b, 0, first);
+        slot.Write(kSecondSlot, v);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) v[j] = first[j];
+        return;
+      }
       case kTake:
-        return Copy(b, v);
-      case kKeepThird:
-        return Copy(b, slot[kThirdSlot]);
+        return slot.Read(b, 0, v);
+      case kKeepThird: {
+        Values third;
+        slot.Read(b, 0, third);
+        return slot.Write(kThirdSlot, third);
+      }
     }
   }
 
-  // v = op(v, b, c) over the fragment. Of b and c no more is read than the op takes.
+  // v = op(v, slot b, third slot) over the fragment; no more is read than the op takes.
   template <Opcode op>
-  static __device__ __forceinline__ void Execute(Values& v, const Values& b, const Values& c,
-                                                 Value p0, Value p1) {
+  static __device__ __forceinline__ void Execute(Values& v, const Slots& slot, int b, Value p0,
+                                                 Value p1) {
     constexpr int kArguments = kArity[static_cast<int>(op)];
     constexpr int kStep = std::is_same<Value, double>::value && kArguments < 3
                               ? (IsCompact(op) ? 1 : 2)  // functions of doubles are long
@@ -208,16 +228,12 @@ struct Interpreter {
     static_assert(kSize % kStep == 0, "the loop below takes whole steps");
 #pragma unroll 1
     for (int i = 0; i < kSize; i += kStep) {
-      Value result[kStep];
+      Value second[kStep] = {}, third[kStep] = {};
+      if constexpr (kArguments > 1) slot.Read(b, i, second);
+      if constexpr (kArguments > 2) slot.Read(kThirdSlot, i, third);
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) {
-        const Value second = kArguments > 1 ? b[i + j] : Value();
-        const Value third = kArguments > 2 ? c[i + j] : Value();
-        result[j] = Apply<Math, op>(v[j], second, third, p0, p1);
-      }
-      Turn<kStep>(v);
-#pragma unroll
-      for (int j = 0; j < kStep; ++j) v[kSize - kStep + j] = result[j];
+      for (int j = 0; j < kStep; ++j) v[j] = Apply<Math, op>(v[j], second[j], third[j], p0, p1);
+      if constexpr (kStep < kSize) Turn<kStep>(v);
     }
   }
 

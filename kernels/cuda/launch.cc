@@ -58,19 +58,19 @@ template <class Arguments>
 fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& problem,
                                   void* const* pointers, const Device& device,
                                   const PointwiseKernel& kernel, void* stream) {
-  const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
+  const Device::PointwiseUse use = device.Use(kernel, problem);
+  const PointwiseGrid grid = DividePointwise(kernel, use.threads, problem.m, problem.n);
   Arguments arguments = DescribePointwise<Arguments>(problem, pointers, grid);
   int64_t blocks;
   if (kernel.sums) {
-    const PointwiseStrips strips = DivideSums(grid, device.Resident(kernel));
-    arguments.strip_blocks = strips.strip_blocks;
+    const PointwiseStrips strips = DivideSums(grid, use.resident);
+    arguments.strips = strips.p;
     blocks = int64_t{grid.column_blocks} * strips.p;
   } else {
     const int64_t all = int64_t{grid.column_blocks} * grid.row_blocks;
-    blocks = std::min<int64_t>(all, device.Resident(kernel));
+    blocks = std::min<int64_t>(all, use.resident);
   }
-  const LaunchConfig config(device.limits, blocks, kPointwiseThreads,
-                            SumBytes(kernel) * problem.program.output_count, stream);
+  const LaunchConfig config(device.limits, blocks, use.threads, use.shared_bytes, stream);
   return Launch(call, kernel.name, kernel.function, config, &arguments);
 }
 
@@ -86,8 +86,9 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
 
 void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
                  int64_t* p, int64_t* q) {
-  const PointwiseGrid grid = DividePointwise(kernel, problem.m, problem.n);
-  const PointwiseStrips strips = DivideSums(grid, device.Resident(kernel));
+  const Device::PointwiseUse use = device.Use(kernel, problem);
+  const PointwiseGrid grid = DividePointwise(kernel, use.threads, problem.m, problem.n);
+  const PointwiseStrips strips = DivideSums(grid, use.resident);
   *p = strips.p;
   *q = strips.q;
 }

@@ -12,7 +12,7 @@ const PointwisePair* PointwiseF32() {
       {Describe<PointwiseConfig<DeviceHalfMath, 8, 2, true>>("pointwise_half", MathLevel::kHalf),
        DescribeSums<PointwiseConfig<DeviceHalfMath, 8, 2, false>>("sums_half", MathLevel::kHalf)},
       {Describe<PointwiseConfig<DeviceMath, 4, 4, false>>("pointwise_exact", MathLevel::kExact),
-       DescribeSums<PointwiseConfig<DeviceMath, 4, 4, false>>("sums_exact", MathLevel::kExact)},
+       DescribeSums<PointwiseConfig<DeviceMath, 4, 4, true, 2>>("sums_exact", MathLevel::kExact)},
   };
   return kernels;
 }

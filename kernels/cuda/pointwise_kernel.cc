@@ -1,5 +1,7 @@
 #include "pointwise_kernel.h"
 
+#include <algorithm>
+
 #include "kernel_list.h"
 
 namespace fxfuse {
@@ -10,12 +12,12 @@ const PointwiseKernel& PointwiseKernelFor(MathLevel math, bool sums) {
   return pair[sums ? 1 : 0];
 }
 
-PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n) {
+PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int threads, int64_t m, int64_t n) {
   const int64_t vectors = CeilDivide(n, kernel.width);
   // As many threads side by side as waste at most an eighth of them at the end of the row, but a
   // warp's worth where the row has it: short segments would not fill memory transactions.
-  int log2_lanes = 8;
-  static_assert(kPointwiseThreads == 1 << 8, "all of a block's threads in one row");
+  int log2_lanes = 0;
+  while (1 << log2_lanes < threads) ++log2_lanes;  // all of a block's threads in one row
   while (log2_lanes > 0) {
     const int64_t lanes = int64_t{1} << log2_lanes;
     const int64_t padded = CeilDivide(vectors, lanes) * lanes;
@@ -23,20 +25,18 @@ PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t 
     if (vectors >= lanes && (padded - vectors) * 8 <= padded) break;
     --log2_lanes;
   }
-  const int64_t lines = (kPointwiseThreads >> log2_lanes) * int64_t{kernel.groups};
-  return {log2_lanes, static_cast<uint32_t>(CeilDivide(vectors, int64_t{1} << log2_lanes)),
+  const int64_t lines = (threads >> log2_lanes) * int64_t{kernel.groups};
+  return {threads, log2_lanes, static_cast<uint32_t>(CeilDivide(vectors, int64_t{1} << log2_lanes)),
           static_cast<uint32_t>(CeilDivide(m, lines))};
 }
 
 PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident) {
   // Enough parts to fill the device, and no sum of too many terms one after another.
   constexpr uint32_t kMaxStrip = 32;
-  const uint32_t wanted = static_cast<uint32_t>(CeilDivide(resident, grid.column_blocks));
-  const uint32_t even = static_cast<uint32_t>(CeilDivide(grid.row_blocks, wanted));
-  const uint32_t strip = even < kMaxStrip ? even : kMaxStrip;
+  const uint32_t fewest = static_cast<uint32_t>(CeilDivide(grid.row_blocks, kMaxStrip));
+  const uint32_t filling = std::max(1u, resident / grid.column_blocks);
   const uint32_t segments = grid.log2_lanes > 5 ? 1u << (grid.log2_lanes - 5) : 1;
-  return {strip, static_cast<uint32_t>(CeilDivide(grid.row_blocks, strip)),
-          grid.column_blocks * segments};
+  return {std::min(grid.row_blocks, std::max(fewest, filling)), grid.column_blocks * segments};
 }
 
 }  // namespace fxfuse

@@ -16,6 +16,64 @@
 
 namespace fxfuse {
 
+// A thread's slots (see LocalSlots) in shared memory: of so many threads they are more than the L1
+// holds. [warp][slot][unit][lane] of units of 16 bytes.
+template <class Value, int kSize>
+class SharedSlots {
+ public:
+  // From byte `offset` of the block's shared memory on, `count` for each thread.
+  __device__ __forceinline__ SharedSlots(int offset, int count) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    const int unit = threadIdx.x / 32 * count * kUnits * 32 + threadIdx.x % 32;
+    first_ = reinterpret_cast<Unit*>(shared + offset) + unit;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void Read(int slot, int from, Value (&to)[kCount]) const {
+    if constexpr (kCount % kPerUnit == 0) {
+#pragma unroll
+      for (int j = 0; j < kCount; j += kPerUnit) {
+        const Unit unit = At(slot, from + j);
+#pragma unroll
+        for (int i = 0; i < kPerUnit; ++i) to[j + i] = unit.value[i];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) to[j] = At(slot, from + j).value[(from + j) % kPerUnit];
+    }
+  }
+  __device__ __forceinline__ void Write(int slot, const Value (&from)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; j += kPerUnit) {
+      Unit unit;
+#pragma unroll
+      for (int i = 0; i < kPerUnit; ++i) unit.value[i] = from[j + i];
+      At(slot, j) = unit;
+    }
+  }
+  __device__ __forceinline__ void Fill(int slot, Value value) {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < kPerUnit; ++i) unit.value[i] = value;
+#pragma unroll
+    for (int j = 0; j < kSize; j += kPerUnit) At(slot, j) = unit;
+  }
+
+ private:
+  static constexpr int kPerUnit = 16 / sizeof(Value);
+  static constexpr int kUnits = kSize / kPerUnit;
+  struct __align__(16) Unit {
+    Value value[kPerUnit];
+  };
+
+  // The unit with value `from` of a slot.
+  __device__ __forceinline__ Unit& At(int slot, int from) const {
+    return first_[(slot * kUnits + from / kPerUnit) * 32];
+  }
+
+  Unit* first_;
+};
+
 // Sums over what the threads of a block compute. Over rows and over all each thread adds up its own
 // columns, in shared memory, because registers cannot be indexed by the output; over columns a warp
 // writes what its threads have of a row.
@@ -26,7 +84,8 @@ class BlockSums {
 
   template <class Arguments>
   __device__ __forceinline__ BlockSums(const Arguments& arguments, uint32_t column_block)
-      : lanes_(1u << arguments.log2_lanes),
+      : threads_(arguments.threads),
+        lanes_(1u << arguments.log2_lanes),
         segments_(lanes_ > 32 ? lanes_ / 32 : 1),
         parts_(arguments.column_blocks * segments_),
         part_(column_block * segments_ + (threadIdx.x & (lanes_ - 1)) / 32) {}
@@ -34,17 +93,16 @@ class BlockSums {
   __device__ __forceinline__ uint32_t segments() const { return segments_; }
   __device__ __forceinline__ uint32_t parts() const { return parts_; }
 
-  // The block's shared memory: [output][kWidth / 4][kPointwiseThreads][4], so that a thread's
+  // The block's shared memory: [output][kWidth / 4][thread][4], so that a thread's
   // access is one of 16 bytes, beside its neighbours'.
   struct __align__(16) Quad {
     Value value[4];
   };
-  static __device__ __forceinline__ Quad& Totals(int output, int quad, uint32_t thread) {
+  __device__ __forceinline__ Quad& Totals(int output, int quad, uint32_t thread) const {
     extern __shared__ __align__(16) uint8_t shared[];
-    return reinterpret_cast<Quad*>(
-        shared)[(output * (kWidth / 4) + quad) * kPointwiseThreads + thread];
+    return reinterpret_cast<Quad*>(shared)[(output * (kWidth / 4) + quad) * threads_ + thread];
   }
-  static __device__ __forceinline__ Value& Total(int output, int column, uint32_t thread) {
+  __device__ __forceinline__ Value& Total(int output, int column, uint32_t thread) const {
     return Totals(output, column / 4, thread).value[column % 4];
   }
 
@@ -96,6 +154,7 @@ class BlockSums {
   }
 
  private:
+  uint32_t threads_;
   uint32_t lanes_;
   uint32_t segments_;  // of a row, one per warp
   uint32_t parts_;     // of a whole row
@@ -104,17 +163,19 @@ class BlockSums {
 
 namespace {
 
-template <class Math_, int kWidth, int kGroups, bool kPrefetch_>
+template <class Math_, int kWidth, int kGroups, bool kPrefetch_, int kBlocksPerSm_ = 3>
 struct PointwiseConfig {
   using Math = Math_;
   using Value = typename Math::Value;
   using Fragment = RowFragment<kWidth, kGroups>;
   using Arguments = PointwiseArgumentsOf<typename ProgramOver<Value>::Program>;
+  using Slots = SharedSlots<Value, Fragment::kSize>;
   static constexpr bool kPrefetch = kPrefetch_;
-  // 80 registers a thread: 16 fragment values twice over (argument and result), as many words of
-  // the next fragment, and addresses. Gradients are long programs, whose time goes into
-  // instructions, not memory: they fetch nothing ahead.
-  static constexpr int kBlocksPerSm = 3;
+  // Three blocks leave 80 registers a thread: 16 fragment values twice over (argument and result),
+  // words of the next fragment where they are of 16 bits, and addresses. Gradients are long
+  // programs, whose time goes into instructions: of 16 bits they fetch nothing ahead, of 32 two
+  // blocks do.
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
 };
 
 // A fragment of the accumulator as it lies in memory: 16-bit elements fill half of the words.
@@ -216,20 +277,22 @@ class RawFragment<Fragment, double> {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
+__global__ void __launch_bounds__(kMostPointwiseThreads, Config::kBlocksPerSm)
     PointwiseProgram(const __grid_constant__ typename Config::Arguments arguments) {
   using Fragment = typename Config::Fragment;
+  using Slots = typename Config::Slots;
 
   // Setup. Blocks are numbered along the rows; each takes every gridDim.x-th, and its position
   // moves by a fixed step of rows and columns, so that nothing is divided in the loop.
   const uint32_t lanes = 1u << arguments.log2_lanes;
   const uint32_t lane = threadIdx.x & (lanes - 1);
   const uint32_t line = threadIdx.x >> arguments.log2_lanes;
-  const uint32_t lines = kPointwiseThreads >> arguments.log2_lanes;
+  const uint32_t lines = arguments.threads >> arguments.log2_lanes;
   uint32_t row_block = blockIdx.x / arguments.column_blocks;
   uint32_t column_block = blockIdx.x % arguments.column_blocks;
   const uint32_t row_step = gridDim.x / arguments.column_blocks;
   const uint32_t column_step = gridDim.x % arguments.column_blocks;
+  const Slots slots(0, arguments.program.slot_count);
   const auto position = [&] {
     return Fragment(row_block * lines * Fragment::kGroups + line, lines,
                     (column_block * lanes + lane) * Fragment::kWidth);
@@ -257,8 +320,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     if (Config::kPrefetch && row_block < arguments.row_blocks) raw.Load(arguments, at);
     // Where lanes add up, those beyond the last column take part: they store nothing.
     if (arguments.groups || here.Column(0) < arguments.program.columns) {
-      Interpreter<Fragment, typename Config::Math, NoSums, true>::Run(arguments.program, here,
-                                                                      values);
+      Interpreter<Fragment, typename Config::Math, NoSums, true, Slots>::Run(
+          arguments.program, here, values, 0, {}, slots);
     }
   }
 }
@@ -269,14 +332,15 @@ __device__ __forceinline__ bool AddsRows(const DeviceProgram& program, int outpu
   return sum == FXFUSE_SUM_ROWS || sum == FXFUSE_SUM_ALL;
 }
 
-// As PointwiseProgram, for problems with summed outputs. A block goes down strip_blocks blocks of
+// As PointwiseProgram, for problems with summed outputs. A block goes down a strip of blocks of
 // rows, so that it can add up columns.
 template <class Config>
-__global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
+__global__ void __launch_bounds__(kMostPointwiseThreads, Config::kBlocksPerSm)
     PointwiseSums(const __grid_constant__ typename Config::Arguments arguments) {
   using Fragment = typename Config::Fragment;
   using Value = typename Config::Value;
   using Sums = BlockSums<Fragment, Value>;
+  using Slots = typename Config::Slots;
   constexpr int kWidth = Fragment::kWidth;
   const auto& program = arguments.program;
 
@@ -284,31 +348,43 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
   const uint32_t lanes = 1u << arguments.log2_lanes;
   const uint32_t lane = threadIdx.x & (lanes - 1);
   const uint32_t line = threadIdx.x >> arguments.log2_lanes;
-  const uint32_t lines = kPointwiseThreads >> arguments.log2_lanes;
+  const uint32_t lines = arguments.threads >> arguments.log2_lanes;
   const uint32_t strip = blockIdx.x / arguments.column_blocks;
   const uint32_t column_block = blockIdx.x % arguments.column_blocks;
-  const uint32_t first = strip * arguments.strip_blocks;
-  const uint32_t last = min(first + arguments.strip_blocks, arguments.row_blocks);
+  const auto border = [&](uint32_t i) {
+    return static_cast<uint32_t>(uint64_t{arguments.row_blocks} * i / arguments.strips);
+  };
+  const uint32_t last = border(strip + 1);
   const Sums sums(arguments, column_block);
+  const int sum_bytes = program.output_count * arguments.threads * kWidth * sizeof(Value);
+  const Slots slots(sum_bytes, program.slot_count);
 #pragma unroll 1
   for (int o = 0; o < program.output_count; ++o) {
     if (!AddsRows(program, o)) continue;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) Sums::Total(o, j, threadIdx.x) = 0.0f;
+    for (int j = 0; j < kWidth; ++j) sums.Total(o, j, threadIdx.x) = 0.0f;
   }
   await_turn();
 
   // Loads of one fragment, program, stores and sums. Threads beyond the last column take part: they
   // read what is inside and store nothing.
+  const auto position = [&](uint32_t block) {
+    return Fragment(block * lines * Fragment::kGroups + line, lines,
+                    (column_block * lanes + lane) * kWidth);
+  };
+  uint32_t block = border(strip);
+  RawFragment<Fragment, Value> raw;
+  if constexpr (Config::kPrefetch) raw.Load(arguments, position(block));
 #pragma unroll 1
-  for (uint32_t block = first; block < last; ++block) {
-    const Fragment at(block * lines * Fragment::kGroups + line, lines,
-                      (column_block * lanes + lane) * kWidth);
-    RawFragment<Fragment, Value> raw;
-    raw.Load(arguments, at);
+  for (; block < last; ++block) {
+    const Fragment at = position(block);
+    if constexpr (!Config::kPrefetch) raw.Load(arguments, at);
     Value values[Fragment::kSize];
     raw.Unpack(arguments.dtype, values);
-    Interpreter<Fragment, typename Config::Math, Sums, true>::Run(program, at, values, 0, sums);
+    // What lies below the last row is read as that.
+    if constexpr (Config::kPrefetch) raw.Load(arguments, position(block + 1));
+    Interpreter<Fragment, typename Config::Math, Sums, true, Slots>::Run(program, at, values, 0,
+                                                                         sums, slots);
   }
 
   // Sums of the block, in a fixed order: columns by line, or threads by number.
@@ -318,12 +394,12 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     if (!AddsRows(program, o)) continue;
     Value* to = static_cast<Value*>(program.output[o].data);
     if (program.output[o].sum == FXFUSE_SUM_ROWS) {
-      for (uint32_t c = threadIdx.x; c < lanes * kWidth; c += kPointwiseThreads) {
+      for (uint32_t c = threadIdx.x; c < lanes * kWidth; c += arguments.threads) {
         const uint32_t column = column_block * lanes * kWidth + c;
         if (column >= program.columns) continue;
         double sum = 0.0;  // of up to 256 terms, one after another
         for (uint32_t i = 0; i < lines; ++i) {
-          sum += Sums::Total(o, c % kWidth, i * lanes + c / kWidth);
+          sum += sums.Total(o, c % kWidth, i * lanes + c / kWidth);
         }
         to[int64_t{strip} * program.columns + column] = static_cast<Value>(sum);
       }
@@ -331,9 +407,9 @@ __global__ void __launch_bounds__(kPointwiseThreads, Config::kBlocksPerSm)
     }
     if (threadIdx.x >= 32) continue;
     Value sum = 0.0f;
-    for (int i = threadIdx.x; i < kPointwiseThreads; i += 32) {
+    for (int i = threadIdx.x; i < arguments.threads; i += 32) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum += Sums::Total(o, j, i);
+      for (int j = 0; j < kWidth; ++j) sum += sums.Total(o, j, i);
     }
     for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
     if (threadIdx.x < sums.segments()) {

@@ -9,7 +9,9 @@
 
 namespace fxfuse {
 
-constexpr int kPointwiseThreads = 256;
+// Threads of a block: fewer where slots and sums take so much shared memory that smaller blocks
+// fill an SM better.
+constexpr int kMostPointwiseThreads = 256, kFewestPointwiseThreads = 64;
 
 template <class Program>
 struct PointwiseArgumentsOf {
@@ -19,9 +21,10 @@ struct PointwiseArgumentsOf {
   uint8_t vector;          // aligned for 16-byte loads
   uint8_t log2_lanes;      // threads of a block side by side in a row; the others lie below
   uint8_t groups;          // the program has ops over groups of columns
+  uint16_t threads;        // of a block
   uint32_t column_blocks;  // blocks side by side in a row
   uint32_t row_blocks;     // blocks below each other
-  uint32_t strip_blocks;   // of those below each other, how many one block takes; with sums only
+  uint32_t strips;         // into which those below each other are divided; with sums only
   Program program;
 };
 using PointwiseArguments = PointwiseArgumentsOf<DeviceProgram>;
@@ -49,17 +52,19 @@ const PointwisePair& PointwiseF64();
 
 // The division of an m x n matrix among blocks.
 struct PointwiseGrid {
+  int threads;
   int log2_lanes;
   uint32_t column_blocks;
   uint32_t row_blocks;
 };
-PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int64_t m, int64_t n);
+PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int threads, int64_t m, int64_t n);
 
 // The arguments of a problem, but for strips.
 template <class Arguments>
 Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers,
                             const PointwiseGrid& grid) {
   Arguments arguments;
+  arguments.threads = static_cast<uint16_t>(grid.threads);
   arguments.accumulator = pointers[FXFUSE_PTR_A];
   arguments.row_stride = problem.lda;
   arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
@@ -73,19 +78,19 @@ Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers
   return arguments;
 }
 
-// How a problem with sums is divided: blocks below each other that one block takes, and the parts,
-// P and Q of fxfuse_output. resident: blocks that fill the device.
+// The parts into which a problem with sums is divided, P and Q of fxfuse_output: strips of blocks
+// below each other, one block of threads to each, and parts of a row. resident: blocks that fill
+// the device.
 struct PointwiseStrips {
-  uint32_t strip_blocks;
   uint32_t p, q;
 };
 PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
 
-// Shared memory of a block, for each output.
-constexpr int SumBytes(const PointwiseKernel& kernel) {
-  if (!kernel.sums) return 0;
-  const size_t size = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
-  return kPointwiseThreads * kernel.width * static_cast<int>(size);
+// Shared memory of a thread, for sums and slots.
+inline int SharedBytesOfThread(const PointwiseKernel& kernel, const fxfuse_problem& problem) {
+  const int value_bytes = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
+  const int sums = kernel.sums ? problem.program.output_count : 0;
+  return value_bytes * kernel.width * (sums + kernel.groups * SlotCount(problem));
 }
 
 }  // namespace fxfuse
