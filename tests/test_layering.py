@@ -60,3 +60,13 @@ def test_kernels_know_neither_torch_nor_python():
 def test_files_stay_readable():
     long = {p.name: n for p in PACKAGE.glob("*.py") if (n := len(p.read_text().splitlines())) > 450}
     assert long == {}
+
+
+def test_every_kernel_awaits_its_turn():
+    # One that did not would read what the kernel before it has yet to write.
+    for path in sorted((KERNELS / "cuda").glob("*.cu*")):
+        if path.name == "tune.cu":  # a program of its own, whose kernels `Launch` does not launch
+            continue
+        text = path.read_text()
+        assert text.count("await_turn();") >= text.count("__global__"), path.name
+    assert "await_turn();" in (KERNELS / "cuda" / "hopper_producer.cuh").read_text()
