@@ -102,11 +102,10 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
 
 }  // namespace
 
-Device::PointwiseUse Device::Use(const PointwiseKernel& kernel,
-                                 const fxfuse_problem& problem) const {
+Device::PointwiseUse Device::Use(const PointwiseKernel& kernel, int outputs, int slots) const {
   constexpr int kReserved = 1024;  // of each block, by the system
   const int most = pointwise_blocks[static_cast<int>(kernel.math)][kernel.sums ? 1 : 0];
-  const int bytes = SharedBytesOfThread(kernel, problem);
+  const int bytes = SharedBytesOfThread(kernel, outputs, slots);
   PointwiseUse best = {};
   int best_threads = 0;  // of an SM
   for (int threads = kMostPointwiseThreads; threads >= kFewestPointwiseThreads; threads /= 2) {

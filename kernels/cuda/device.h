@@ -17,13 +17,13 @@ struct Device {
   int pointwise_blocks[kMathLevels][2];
   int shared_bytes_per_sm;
 
-  // A problem's blocks: their threads and shared memory, and how many the whole device holds.
+  // The blocks of a program: their threads and shared memory, and how many the whole device holds.
   struct PointwiseUse {
     int threads;
     int shared_bytes;
     int resident;
   };
-  PointwiseUse Use(const PointwiseKernel& kernel, const fxfuse_problem& problem) const;
+  PointwiseUse Use(const PointwiseKernel& kernel, int outputs, int slots) const;
 };
 
 // FXFUSE_RUNTIME_ERROR that says what `call` was at. Takes the error off the runtime's record: it

@@ -321,9 +321,8 @@ void TranslateSteps(const fxfuse_instruction* instructions, int count, const Con
   program->slot_count = static_cast<int16_t>(last + 1);
   program->leading_row = kNoOperand;
   const DeviceStep& first = program->step[0];
-  if (first.code != static_cast<int>(Opcode::add) || first.result != 0) return;
-  if (program->first_slot > 0) return;
-  if (first.second < Second::kOperand) return;
+  if (program->first_slot > 0 || first.result != 0) return;
+  if (first.code != static_cast<int>(Opcode::add) || first.second < Second::kOperand) return;
   const int index = OperandOf(first.second);
   const DeviceOperand& operand = program->operand[index];
   if (operand.access == Access::kVector && operand.row_stride == 0) {
@@ -343,6 +342,8 @@ bool VectorAligned(const void* data, int64_t row_stride, int64_t rows, int dtype
 }
 
 namespace {
+
+void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
 
 // Fills `device` from a validated problem; `places`: constants are those of a DoubleProgram.
 void Translate(const fxfuse_problem& problem, void* const* pointers, bool places,
@@ -392,12 +393,6 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Doub
   memcpy(device->constant, program.immediate_f64,
          program.instruction_count * sizeof(program.immediate_f64[0]));
 }
-
-namespace {
-
-void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
-
-}  // namespace
 
 int SlotCount(const fxfuse_problem& problem) {
   DeviceProgram program;

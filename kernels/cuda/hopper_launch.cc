@@ -53,7 +53,6 @@ fxfuse_status Encode(const char* call, const char* name, const void* data, int d
   const CUresult result =
       encode(map, type, tensor.rank, const_cast<void*>(data), sizes, strides, box, kSteps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-
              whole_lines ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return FXFUSE_OK;

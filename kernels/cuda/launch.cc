@@ -58,9 +58,11 @@ template <class Arguments>
 fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& problem,
                                   void* const* pointers, const Device& device,
                                   const PointwiseKernel& kernel, void* stream) {
-  const Device::PointwiseUse use = device.Use(kernel, problem);
+  Arguments arguments = DescribePointwise<Arguments>(problem, pointers);
+  const DeviceProgram& program = arguments.program;
+  const Device::PointwiseUse use = device.Use(kernel, program.output_count, program.slot_count);
   const PointwiseGrid grid = DividePointwise(kernel, use.threads, problem.m, problem.n);
-  Arguments arguments = DescribePointwise<Arguments>(problem, pointers, grid);
+  Divide(grid, &arguments);
   int64_t blocks;
   if (kernel.sums) {
     const PointwiseStrips strips = DivideSums(grid, use.resident);
@@ -86,7 +88,8 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
 
 void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
                  int64_t* p, int64_t* q) {
-  const Device::PointwiseUse use = device.Use(kernel, problem);
+  const Device::PointwiseUse use =
+      device.Use(kernel, problem.program.output_count, SlotCount(problem));
   const PointwiseGrid grid = DividePointwise(kernel, use.threads, problem.m, problem.n);
   const PointwiseStrips strips = DivideSums(grid, use.resident);
   *p = strips.p;

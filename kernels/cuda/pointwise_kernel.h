@@ -59,22 +59,33 @@ struct PointwiseGrid {
 };
 PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int threads, int64_t m, int64_t n);
 
-// The arguments of a problem, but for strips.
+// The arguments of a problem, but for its division among blocks.
 template <class Arguments>
-Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers,
-                            const PointwiseGrid& grid) {
+Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers) {
   Arguments arguments;
-  arguments.threads = static_cast<uint16_t>(grid.threads);
   arguments.accumulator = pointers[FXFUSE_PTR_A];
   arguments.row_stride = problem.lda;
   arguments.dtype = static_cast<uint8_t>(problem.input_dtype);
   arguments.vector =
       VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
   arguments.groups = GroupWidth(problem) > 0;
-  arguments.log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
-  arguments.column_blocks = grid.column_blocks;
-  arguments.row_blocks = grid.row_blocks;
   TranslateProgram(problem, pointers, &arguments.program);
+  return arguments;
+}
+
+// The same with it, but for strips.
+template <class Arguments>
+void Divide(const PointwiseGrid& grid, Arguments* arguments) {
+  arguments->threads = static_cast<uint16_t>(grid.threads);
+  arguments->log2_lanes = static_cast<uint8_t>(grid.log2_lanes);
+  arguments->column_blocks = grid.column_blocks;
+  arguments->row_blocks = grid.row_blocks;
+}
+template <class Arguments>
+Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers,
+                            const PointwiseGrid& grid) {
+  Arguments arguments = DescribePointwise<Arguments>(problem, pointers);
+  Divide(grid, &arguments);
   return arguments;
 }
 
@@ -86,11 +97,10 @@ struct PointwiseStrips {
 };
 PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
 
-// Shared memory of a thread, for sums and slots.
-inline int SharedBytesOfThread(const PointwiseKernel& kernel, const fxfuse_problem& problem) {
+// Shared memory of a thread, for the sums of so many outputs and for slots.
+inline int SharedBytesOfThread(const PointwiseKernel& kernel, int outputs, int slots) {
   const int value_bytes = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
-  const int sums = kernel.sums ? problem.program.output_count : 0;
-  return value_bytes * kernel.width * (sums + kernel.groups * SlotCount(problem));
+  return value_bytes * kernel.width * ((kernel.sums ? outputs : 0) + kernel.groups * slots);
 }
 
 }  // namespace fxfuse

@@ -27,6 +27,12 @@ void Check(cudaError_t error, const char* what) {
   exit(1);
 }
 
+void Check(fxfuse_status status) {
+  if (status == FXFUSE_OK) return;
+  fprintf(stderr, "%s\n", fxfuse_last_error());
+  exit(1);
+}
+
 // Deterministic values in [-0.5, 0.5).
 __global__ void Fill(void* data, int dtype, int64_t count, uint32_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
@@ -96,9 +102,7 @@ struct Planes {
           rows,     k,       k,         1,
           k,        2,       0,         static_cast<const float*>(matrices) + i * rows * k,
           Plane(i), Root(i), Special(i)};
-      if (fxfuse_cuda_split(&split, 1, nullptr) == FXFUSE_OK) continue;
-      fprintf(stderr, "%s\n", fxfuse_last_error());
-      exit(1);
+      Check(fxfuse_cuda_split(&split, 1, nullptr));
     }
   }
   void* Plane(int set) const { return static_cast<char*>(plane.data) + set * size; }
@@ -163,6 +167,8 @@ void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
   const Planes planes_a(a.data, splits ? kSets : 0, m, k),
       planes_b(b.data, splits ? kSets : 0, n, k);
 
+  const Device* device;
+  Check(CurrentDevice("tune", &device));
   const PortableKernels all = AllPortableKernels();
   for (const PortableKernel* next = all.kernel; next != all.kernel + all.count; ++next) {
     const PortableKernel& kernel = *next;
@@ -185,13 +191,7 @@ void TunePortable(int dtype, int64_t m, int64_t n, int64_t k) {
           pointers[FXFUSE_PTR_SPECIAL_A + i] = planes[i]->Special(set);
         }
       }
-      const Device* device;
-      if (CurrentDevice("tune", &device) == FXFUSE_OK &&
-          LaunchPortable("tune", problem, pointers, device->limits, kernel, nullptr) == FXFUSE_OK) {
-        return;
-      }
-      fprintf(stderr, "%s\n", fxfuse_last_error());
-      exit(1);
+      Check(LaunchPortable("tune", problem, pointers, device->limits, kernel, nullptr));
     };
     SetChain(kFiveOps, &problem.program);
     const float five_ms = Time(call);
@@ -245,9 +245,7 @@ void TunePointwise(int dtype, int64_t m, int64_t n) {
       pointers[FXFUSE_PTR_A] = static_cast<char*>(in.data) + offset;
       pointers[FXFUSE_PTR_OPERAND] = row.data;
       pointers[FXFUSE_PTR_OUTPUT] = static_cast<char*>(out.data) + offset;
-      if (fxfuse_cuda_run(&problem, pointers, nullptr) == FXFUSE_OK) return;
-      fprintf(stderr, "%s\n", fxfuse_last_error());
-      exit(1);
+      Check(fxfuse_cuda_run(&problem, pointers, nullptr));
     });
     printf("%6lld %6lld  pointwise, dtype %d, %zu ops %9.1f us %7.2f TB/s\n",
            static_cast<long long>(m), static_cast<long long>(n), dtype, chain.size(), ms * 1e3,
@@ -259,10 +257,7 @@ void TunePointwise(int dtype, int64_t m, int64_t n) {
 }  // namespace fxfuse
 
 int main(int argc, char** argv) {
-  if (fxfuse_cuda_init() != FXFUSE_OK) {
-    fprintf(stderr, "%s\n", fxfuse_last_error());
-    return 1;
-  }
+  fxfuse::Check(fxfuse_cuda_init());
   std::vector<std::vector<int64_t>> shapes;
   for (int i = 1; i + 2 < argc; i += 3) {
     shapes.push_back({atoll(argv[i]), atoll(argv[i + 1]), atoll(argv[i + 2])});
