@@ -15,6 +15,7 @@
 #ifndef FXFUSE_POINTWISE_H_
 #define FXFUSE_POINTWISE_H_
 
+#include <math.h>
 #include <stdint.h>
 
 // A functor is a device function in CUDA sources and a host function in C++ sources: nothing needs
@@ -61,10 +62,25 @@ struct SigmoidPairOf {
 };
 using SigmoidPair = SigmoidPairOf<float>;
 
+// The normal distribution below x, Phi(x), and exp(-x^2 / 2).
+template <class Value>
+struct NormalOf {
+  Value below, bell;
+};
+using Normal = NormalOf<float>;
+
+// A function's value and its slope there. `masked`: what comes in is dropped, be it infinite.
+template <class Value>
+struct ValueAndSlope {
+  Value value, slope;
+  bool masked = false;
+};
+
 // Arguments in the order of opcodes.def: tensors first, then parameters.
 template <class M>
 struct Pointwise {
   using Value = typename M::Value;
+  using Both = ValueAndSlope<Value>;
 
   // Casts. Each keeps NaN.
   static FXFUSE_HD Value copy(Value x) { return x; }
@@ -198,6 +214,34 @@ struct Pointwise {
     return grad * (1.0f - result) * result;
   }
 
+  // Activations and their gradients in one. Those of clamp and hardtanh treat bounds and NaN as the
+  // ops above do, but where a gradient is masked a NaN does not go on as a value.
+  static FXFUSE_HD Both relu_both(Value x, Value limit) {
+    return {M::max(0.0f, x), 1.0f, x <= limit};
+  }
+  static FXFUSE_HD Both clamp_both(Value x, Value low, Value high) {
+    return {fminf(fmaxf(x, low), high), 1.0f, !(x >= low && x <= high)};
+  }
+  static FXFUSE_HD Both hardtanh_both(Value x, Value low, Value high) {
+    return {clamp(x, low, high), 1.0f, x <= low || x >= high};
+  }
+  static FXFUSE_HD Both silu_both(Value x) { return GateBoth(x, x, 1.0f); }
+  static FXFUSE_HD Both gelu_tanh_both(Value x) {
+    const Value u = x * x;
+    const Value slope = kGeluTwoBeta + 3.0f * kGeluCubic * u;
+    return GateBoth(x, x * (kGeluTwoBeta + kGeluCubic * u), slope);
+  }
+  static FXFUSE_HD Both gelu_both(Value x) { return GeluBoth(x, M::normal(x)); }
+  static FXFUSE_HD Both gelu_unit_both(Value x) { return GeluBoth(x, M::normal_unit(x)); }
+  static FXFUSE_HD Both tanh_both(Value x) {
+    const Value result = M::tanh(x);
+    return {result, 1.0f - result * result};
+  }
+  static FXFUSE_HD Both sigmoid_both(Value x) {
+    const Value result = M::sigmoid(x);
+    return {result, (1.0f - result) * result};
+  }
+
  private:
   // gelu_tanh(x) is x sigmoid(x (kGeluTwoBeta + kGeluCubic x^2)).
   static constexpr Value kGeluTwoBeta =
@@ -206,8 +250,16 @@ struct Pointwise {
 
   // The slope of x sigmoid(y), given y': s + s (1 - s) x y'.
   static FXFUSE_HD Value GateSlope(Value x, Value y, Value slope) {
+    return GateBoth(x, y, slope).slope;
+  }
+  // x Phi(x), of slope Phi(x) + x phi(x).
+  static FXFUSE_HD Both GeluBoth(Value x, const NormalOf<Value>& at) {
+    constexpr Value kDensityAtZero = static_cast<Value>(0.39894228040143267794);
+    return {x * at.below, at.below + x * (kDensityAtZero * at.bell)};
+  }
+  static FXFUSE_HD Both GateBoth(Value x, Value y, Value slope) {
     const SigmoidPairOf<Value> gate = M::sigmoid_pair(y);
-    return gate.s + gate.s * (gate.rest * x) * slope;
+    return {x * gate.s, gate.s + gate.s * (gate.rest * x) * slope};
   }
 };
 

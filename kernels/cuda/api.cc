@@ -123,7 +123,7 @@ fxfuse_status Choose(const char* call, const fxfuse_problem& problem, void* cons
                 problem.route, FXFUSE_ROUTE_POINTWISE);
   }
   choice->route = FXFUSE_ROUTE_POINTWISE;
-  choice->pointwise = &PointwiseKernelFor(RequiredMath(problem), HasSums(problem));
+  choice->pointwise = &PointwiseKernelFor(problem);
   const int width = choice->pointwise->width;
   if (LanesCoverGroups(problem, width)) return FXFUSE_OK;
   return Fail(FXFUSE_UNSUPPORTED,

@@ -45,9 +45,10 @@ fxfuse_status PreparePortable(const char* call, const DeviceLimits& limits) {
 
 fxfuse_status PreparePointwise(const char* call, Device* device) {
   for (int i = 0; i < kMathLevels; ++i) {
-    for (const bool sums : {false, true}) {
-      const PointwiseKernel& kernel = PointwiseKernelFor(static_cast<MathLevel>(i), sums);
-      int& blocks = device->pointwise_blocks[i][sums ? 1 : 0];
+    for (int kind = 0; kind < kPointwiseKinds; ++kind) {
+      const PointwiseKernel& kernel =
+          PointwiseKernelFor(static_cast<MathLevel>(i), static_cast<PointwiseKind>(kind));
+      int& blocks = device->pointwise_blocks[i][kind];
       cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function,
                                                                         kMostPointwiseThreads, 0);
       if (error == cudaSuccess) {
@@ -88,7 +89,7 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
   }
   device->limits.hopper = major == 9 && minor == 0;
   // What runs may have been compiled for an older architecture, where a kernel cannot wait.
-  const PointwiseKernel& any = PointwiseKernelFor(MathLevel::kFast, false);
+  const PointwiseKernel& any = PointwiseKernelFor(MathLevel::kFast, PointwiseKind::kPlain);
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, any.function);
   if (error != cudaSuccess) return CudaFailure(call, any.name, error);
@@ -104,7 +105,7 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
 
 Device::PointwiseUse Device::Use(const PointwiseKernel& kernel, int outputs, int slots) const {
   constexpr int kReserved = 1024;  // of each block, by the system
-  const int most = pointwise_blocks[static_cast<int>(kernel.math)][kernel.sums ? 1 : 0];
+  const int most = pointwise_blocks[static_cast<int>(kernel.math)][static_cast<int>(kernel.kind)];
   const int bytes = SharedBytesOfThread(kernel, outputs, slots);
   PointwiseUse best = {};
   int best_threads = 0;  // of an SM

@@ -13,8 +13,8 @@ namespace fxfuse {
 
 struct Device {
   DeviceLimits limits;
-  // Blocks of each pointwise kernel, without sums and with them, that an SM has registers for.
-  int pointwise_blocks[kMathLevels][2];
+  // Blocks of each pointwise kernel that an SM has registers for.
+  int pointwise_blocks[kMathLevels][kPointwiseKinds];
   int shared_bytes_per_sm;
 
   // The blocks of a program: their threads and shared memory, and how many the whole device holds.

@@ -343,8 +343,6 @@ bool VectorAligned(const void* data, int64_t row_stride, int64_t rows, int dtype
 
 namespace {
 
-void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
-
 // Fills `device` from a validated problem; `places`: constants are those of a DoubleProgram.
 void Translate(const fxfuse_problem& problem, void* const* pointers, bool places,
                DeviceProgram* device) {
@@ -394,13 +392,8 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Doub
          program.instruction_count * sizeof(program.immediate_f64[0]));
 }
 
-int SlotCount(const fxfuse_problem& problem) {
-  DeviceProgram program;
-  TranslateProgram(problem, kNoPointers, &program);
-  return program.slot_count;
-}
-
 int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
+  static void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
   DeviceProgram program;
   TranslateProgram(problem, pointers != nullptr ? pointers : kNoPointers, &program);
   return program.chain_count > 0 ? program.output[program.chain_output[0]].dtype : kNoChain;

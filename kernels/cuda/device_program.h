@@ -182,9 +182,6 @@ int GroupWidth(const fxfuse_problem& problem);
 // that times a power of two, up to a warp's.
 bool LanesCoverGroups(const fxfuse_problem& problem, int width);
 
-// The slots that the steps of a problem's program need.
-int SlotCount(const fxfuse_problem& problem);
-
 // Whether any output is summed.
 bool HasSums(const fxfuse_problem& problem);
 

@@ -262,6 +262,10 @@ inline float4 load_shared(uint32_t from) {
   memcpy(&value, shared + from, 16);
   return value;
 }
+inline void store_shared(uint32_t to, float4 value) {
+  if (to % 16 != 0 || to + 16 > kSharedBytes) emulation::Die("st.shared: bad address");
+  memcpy(shared + to, &value, 16);
+}
 inline void cluster_sync() {
   using namespace emulation;
   const int threads = block_threads * static_cast<int>(blocks.size());

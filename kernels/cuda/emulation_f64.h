@@ -256,7 +256,8 @@ inline std::vector<double> RunDouble(Opcode op, int64_t rows, int64_t columns,
 
   const PointwiseGrid grid =
       DividePointwise(PointwiseF64()[0], kFewestPointwiseThreads, rows, columns);
-  const DoubleArguments arguments = DescribePointwise<DoubleArguments>(problem, pointers, grid);
+  const DoubleArguments arguments =
+      DescribePointwise<DoubleArguments>(problem, pointers, PointwiseKind::kPlain, grid);
   emulation::Launch(static_cast<int>(grid.column_blocks * grid.row_blocks), grid.threads,
                     [&] { PointwiseProgram<Config>(arguments); });
   return out;

@@ -8,9 +8,15 @@
 #define FXFUSE_CUDA_MATH_DEVICE_CUH_  // in place of math_device.cuh:
 namespace fxfuse {
 using emulated::HostMath;
-using DeviceMath = HostMath;
-using DeviceHalfMath = HostMath;
-using DeviceFastMath = HostMath;
+// With what only gradients of chains take.
+struct DeviceMath : HostMath {
+  static Normal normal(float x) {
+    return {0.5f * std::erfc(-x * 0.70710678f), std::exp(-0.5f * x * x)};
+  }
+  static Normal normal_unit(float x) { return normal(x); }
+};
+using DeviceHalfMath = DeviceMath;
+using DeviceFastMath = DeviceMath;
 }  // namespace fxfuse
 #include "chain.cuh"
 #include "choose.h"
@@ -319,12 +325,12 @@ void TestPointwise(int64_t m, int64_t n, int64_t padding, int resident) {
   const std::vector<In> accumulator = Random<In>(m * stride);
   Case<Out> test(m, n, padding);
   const PointwiseGrid grid =
-      DividePointwise({"", nullptr, MathLevel::kExact, false, kWidth, kGroups},
+      DividePointwise({"", nullptr, MathLevel::kExact, PointwiseKind::kPlain, kWidth, kGroups},
                       m % 2 == 0 ? kMostPointwiseThreads : kFewestPointwiseThreads, m, n);
   test.problem.lda = stride, test.problem.input_dtype = kDtype<In>;
   test.pointers[FXFUSE_PTR_A] = const_cast<In*>(accumulator.data());
-  const auto arguments =
-      DescribePointwise<typename Config::Arguments>(test.problem, test.pointers, grid);
+  const auto arguments = DescribePointwise<typename Config::Arguments>(test.problem, test.pointers,
+                                                                       PointwiseKind::kPlain, grid);
   emulation::matrices_read = emulation::bank_conflicts = 0;
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
   emulation::Launch(std::min(blocks, resident), grid.threads,
@@ -450,9 +456,11 @@ void TestGroups(int64_t m, int64_t n, int width, int resident) {
     output[i].assign(m * n, T(kUntouched));
     pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
   }
-  const PointwiseGrid grid = DividePointwise(
-      {"", nullptr, MathLevel::kExact, false, kWidth, kGroups}, kMostPointwiseThreads, m, n);
-  const auto arguments = DescribePointwise<PointwiseArguments>(problem, pointers, grid);
+  const PointwiseGrid grid =
+      DividePointwise({"", nullptr, MathLevel::kExact, PointwiseKind::kPlain, kWidth, kGroups},
+                      kMostPointwiseThreads, m, n);
+  const auto arguments =
+      DescribePointwise<PointwiseArguments>(problem, pointers, PointwiseKind::kPlain, grid);
   const int blocks = static_cast<int>(grid.column_blocks * grid.row_blocks);
   emulation::Launch(std::min(blocks, resident), grid.threads,
                     [&] { PointwiseProgram<Config>(arguments); });
@@ -536,7 +544,8 @@ template <class In, int kWidth, int kGroups>
 void TestSums(int64_t m, int64_t n, int resident) {
   using Config = PointwiseConfig<MathFor<In>, kWidth, kGroups, kWidth == 8>;
   using Value = typename Config::Value;
-  const PointwiseKernel kernel = {"", nullptr, MathLevel::kExact, true, kWidth, kGroups};
+  const PointwiseKernel kernel = {"",     nullptr, MathLevel::kExact, PointwiseKind::kSums,
+                                  kWidth, kGroups};
   const std::vector<In> accumulator = Random<In>(m * n);
   const std::vector<Value> row = Random<Value>(n);
   const int threads = m % 2 == 0 ? kMostPointwiseThreads : kFewestPointwiseThreads;
@@ -567,10 +576,11 @@ void TestSums(int64_t m, int64_t n, int resident) {
   pointers[FXFUSE_PTR_OPERAND] = const_cast<Value*>(row.data());
   for (int i = 0; i < 4; ++i) pointers[FXFUSE_PTR_OUTPUT + i] = output[i].data();
 
-  auto arguments = DescribePointwise<typename Config::Arguments>(problem, pointers, grid);
+  auto arguments =
+      DescribePointwise<typename Config::Arguments>(problem, pointers, PointwiseKind::kPlain, grid);
   arguments.strips = strips.p;
   emulation::Launch(static_cast<int>(grid.column_blocks * strips.p), grid.threads,
-                    [&] { PointwiseSums<Config>(arguments); });
+                    [&] { PointwiseSums<Config, false>(arguments); });
 
   const auto value = [&](int64_t i, int64_t j) -> double {
     return Exact(accumulator[i * n + j]) + row[j];
@@ -611,8 +621,17 @@ void TestSums(int64_t m, int64_t n, int resident) {
          static_cast<long>(m), static_cast<long>(n), worst, strips.p, strips.q);
 }
 
+}  // namespace
+}  // namespace fxfuse
+
+#include "emulation_gradient.h"
+
+namespace fxfuse {
+namespace {
+
 void RunAll() {
   TestChains();
+  TestGradients();
   using Bf16 = __nv_bfloat16;
   using F16 = __half;
   TestPortable<Bf16, SkinnyTile, 8, Bf16>("skinny bf16", 7, 72, 200);

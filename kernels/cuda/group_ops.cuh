@@ -46,6 +46,41 @@ class GroupOps {
     }
   }
 
+  // v = normalize(v) and s = rstd, of all vectors at once.
+  static __device__ __forceinline__ void Normalize(Values& v, Values& s, Value width, Value eps) {
+    const int lanes = static_cast<int>(width) / kWidth;
+    const Value each = Math::rcp(width);
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      Value mean[kGroups];
+      SumAll(lanes, [&](int i) { return v[i]; }, mean);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] -= each * mean[i / kWidth];
+    }
+    Value square[kGroups];
+    SumAll(lanes, [&](int i) { return v[i] * v[i]; }, square);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) square[g] = Math::rsqrt(each * square[g] + eps);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) s[i] = square[i / kWidth], v[i] *= s[i];
+  }
+
+  // The gradient `s` of what was normalized to `x`, brought back; rstd: of each vector.
+  static __device__ __forceinline__ void NormalizeBack(Values& s, const Values& x,
+                                                       const Value (&rstd)[Fragment::kGroups],
+                                                       Value width) {
+    const int lanes = static_cast<int>(width) / kWidth;
+    const Value each = Math::rcp(width);
+    Value mean[kGroups], slope[kGroups];
+    SumAll(lanes, [&](int i) { return s[i]; }, mean);
+    SumAll(lanes, [&](int i) { return s[i] * x[i]; }, slope);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int g = i / kWidth;
+      s[i] = rstd[g] * (s[i] - each * mean[g] - x[i] * (each * slope[g]));
+    }
+  }
+
  private:
   static constexpr int kWidth = Fragment::kWidth;
   static constexpr int kGroups = Fragment::kGroups;  // vectors, each of a row of its own
@@ -60,6 +95,23 @@ class GroupOps {
 #pragma unroll 1
     for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
     return sum;
+  }
+
+  // For each vector, the sum of term(i) over the same vectors of `lanes` lanes.
+  template <class Term>
+  static __device__ __forceinline__ void SumAll(int lanes, const Term& term,
+                                                Value (&sum)[kGroups]) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      sum[g] = term(g * kWidth);
+#pragma unroll
+      for (int j = 1; j < kWidth; ++j) sum[g] += term(g * kWidth + j);
+    }
+#pragma unroll 1
+    for (int other = lanes / 2; other > 0; other /= 2) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) sum[g] += __shfl_xor_sync(~0u, sum[g], other);
+    }
   }
 
   // Normalizes the first vector and returns 1 / sqrt(variance + eps). The mean is taken twice: of

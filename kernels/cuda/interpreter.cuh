@@ -170,6 +170,82 @@ struct Interpreter {
     }
   }
 
+  // The operand's elements that meet the fragment's.
+  static __device__ __forceinline__ void Load(const DeviceProgram& program,
+                                              const DeviceOperand& operand, const Fragment& at,
+                                              Values& t) {
+    constexpr int kWidth = Fragment::kWidth, kRows = Fragment::kRows, kBlocks = Fragment::kBlocks;
+    const bool vector = operand.access == Access::kVector && WholeVectors(program);
+    if (vector && operand.row_stride == 0) {  // the same for all rows
+      int64_t offset[kBlocks];
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) offset[b] = ReadColumn(program, at, b * kRows);
+      Value row[kWidth * kBlocks];
+      LoadVectors<kWidth, kBlocks>(operand.data, operand.dtype, offset, row);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) t[j] = row[j / (kWidth * kRows) * kWidth + j % kWidth];
+    } else if (vector) {
+      int64_t offset[Fragment::kGroups];
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        offset[g] = OperandRow(program, operand, at.Row(g)) + ReadColumn(program, at, g);
+      }
+      LoadVectors<kWidth, Fragment::kGroups>(operand.data, operand.dtype, offset, t);
+    } else if (operand.access == Access::kBroadcast) {
+      int64_t offset[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) offset[r] = OperandRow(program, operand, at.Row(r));
+      Value value[kRows];
+      LoadElements<kRows>(operand.data, operand.dtype, offset, value);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth % kRows];
+    } else {
+#pragma unroll 1
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        const int64_t row = OperandRow(program, operand, at.Row(g));
+        int64_t offset[kWidth];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          offset[j] = row + min(at.Column(g) + j, program.columns - 1) * operand.column_stride;
+        }
+        Value value[kWidth];
+        LoadElements<kWidth>(operand.data, operand.dtype, offset, value);
+        Turn<kWidth>(t);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) t[kSize - kWidth + j] = value[j];
+      }
+    }
+  }
+
+  // The values may be turned on the way, and are as they were in the end.
+  static __device__ __forceinline__ void Store(const DeviceProgram& program,
+                                               const DeviceOutput& output, const Fragment& at,
+                                               Values& v) {
+    constexpr int kWidth = Fragment::kWidth;
+    if (output.vector && WholeVectors(program)) {
+#pragma unroll
+      for (int g = 0; g < Fragment::kGroups; ++g) {
+        if (at.Row(g) >= program.rows || at.Column(g) >= program.columns) continue;
+        const int64_t offset = at.Row(g) * output.row_stride + at.Column(g);
+        StoreVector<kWidth>(output.data, output.dtype, offset, v + g * kWidth);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int g = 0; g < Fragment::kGroups; ++g) {
+      if (at.Row(g) < program.rows) {
+        const int64_t offset = at.Row(g) * output.row_stride + at.Column(g);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          if (at.Column(g) + j < program.columns) {
+            StoreElement(output.data, output.dtype, offset + j, v[j]);
+          }
+        }
+      }
+      Turn<kWidth>(v);
+    }
+  }
+
  private:
   // Puts a step's second, which lies in no slot, into the one for it.
   static __device__ __forceinline__ void Fetch(const Program& program, const Step& step,
@@ -248,52 +324,6 @@ struct Interpreter {
     return min(at.Column(g), program.columns - Fragment::kWidth);
   }
 
-  static __device__ __forceinline__ void Load(const DeviceProgram& program,
-                                              const DeviceOperand& operand, const Fragment& at,
-                                              Values& t) {
-    constexpr int kWidth = Fragment::kWidth, kRows = Fragment::kRows, kBlocks = Fragment::kBlocks;
-    const bool vector = operand.access == Access::kVector && WholeVectors(program);
-    if (vector && operand.row_stride == 0) {  // the same for all rows
-      int64_t offset[kBlocks];
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) offset[b] = ReadColumn(program, at, b * kRows);
-      Value row[kWidth * kBlocks];
-      LoadVectors<kWidth, kBlocks>(operand.data, operand.dtype, offset, row);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) t[j] = row[j / (kWidth * kRows) * kWidth + j % kWidth];
-    } else if (vector) {
-      int64_t offset[Fragment::kGroups];
-#pragma unroll
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        offset[g] = OperandRow(program, operand, at.Row(g)) + ReadColumn(program, at, g);
-      }
-      LoadVectors<kWidth, Fragment::kGroups>(operand.data, operand.dtype, offset, t);
-    } else if (operand.access == Access::kBroadcast) {
-      int64_t offset[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) offset[r] = OperandRow(program, operand, at.Row(r));
-      Value value[kRows];
-      LoadElements<kRows>(operand.data, operand.dtype, offset, value);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) t[j] = value[j / kWidth % kRows];
-    } else {
-#pragma unroll 1
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        const int64_t row = OperandRow(program, operand, at.Row(g));
-        int64_t offset[kWidth];
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          offset[j] = row + min(at.Column(g) + j, program.columns - 1) * operand.column_stride;
-        }
-        Value value[kWidth];
-        LoadElements<kWidth>(operand.data, operand.dtype, offset, value);
-        Turn<kWidth>(t);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) t[kSize - kWidth + j] = value[j];
-      }
-    }
-  }
-
   // Where the operand's row for row `row` of the matrix begins, in elements. Rows past the end are
   // read as the last one and never stored.
   static __device__ __forceinline__ int64_t OperandRow(const DeviceProgram& program,
@@ -301,34 +331,6 @@ struct Interpreter {
     row = min(row, program.rows - 1);
     if (operand.periodic) row = row / operand.repeat % operand.period;
     return row * operand.row_stride;
-  }
-
-  static __device__ __forceinline__ void Store(const DeviceProgram& program,
-                                               const DeviceOutput& output, const Fragment& at,
-                                               Values& v) {
-    constexpr int kWidth = Fragment::kWidth;
-    if (output.vector && WholeVectors(program)) {
-#pragma unroll
-      for (int g = 0; g < Fragment::kGroups; ++g) {
-        if (at.Row(g) >= program.rows || at.Column(g) >= program.columns) continue;
-        const int64_t offset = at.Row(g) * output.row_stride + at.Column(g);
-        StoreVector<kWidth>(output.data, output.dtype, offset, v + g * kWidth);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int g = 0; g < Fragment::kGroups; ++g) {
-      if (at.Row(g) < program.rows) {
-        const int64_t offset = at.Row(g) * output.row_stride + at.Column(g);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          if (at.Column(g) + j < program.columns) {
-            StoreElement(output.data, output.dtype, offset + j, v[j]);
-          }
-        }
-      }
-      Turn<kWidth>(v);
-    }
   }
 };
 

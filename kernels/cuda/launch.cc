@@ -58,13 +58,13 @@ template <class Arguments>
 fxfuse_status LaunchPointwiseWith(const char* call, const fxfuse_problem& problem,
                                   void* const* pointers, const Device& device,
                                   const PointwiseKernel& kernel, void* stream) {
-  Arguments arguments = DescribePointwise<Arguments>(problem, pointers);
+  Arguments arguments = DescribePointwise<Arguments>(problem, pointers, kernel.kind);
   const DeviceProgram& program = arguments.program;
   const Device::PointwiseUse use = device.Use(kernel, program.output_count, program.slot_count);
   const PointwiseGrid grid = DividePointwise(kernel, use.threads, problem.m, problem.n);
   Divide(grid, &arguments);
   int64_t blocks;
-  if (kernel.sums) {
+  if (kernel.sums()) {
     const PointwiseStrips strips = DivideSums(grid, use.resident);
     arguments.strips = strips.p;
     blocks = int64_t{grid.column_blocks} * strips.p;
@@ -89,7 +89,7 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
 void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
                  int64_t* p, int64_t* q) {
   const Device::PointwiseUse use =
-      device.Use(kernel, problem.program.output_count, SlotCount(problem));
+      device.Use(kernel, problem.program.output_count, SlotCount(problem, kernel.kind));
   const PointwiseGrid grid = DividePointwise(kernel, use.threads, problem.m, problem.n);
   const PointwiseStrips strips = DivideSums(grid, use.resident);
   *p = strips.p;

@@ -113,6 +113,10 @@ static __device__ __forceinline__ float GeluOf(float x, float bell, float mills)
   return fmaf(-fabsf(fminf(x, 100.0f)) * bell, mills, Max(x, -0.0f));
 }
 
+static __device__ __forceinline__ float Bell(float x) {  // exp(-x^2 / 2)
+  return Ex2(x * x * (-0.5f * kLog2E));
+}
+
 // sigmoid(x) and 1 - sigmoid(x), given the smaller and the larger of them.
 static __device__ __forceinline__ SigmoidPair InOrder(float x, float small, float large) {
   return x < 0.0f ? SigmoidPair{small, large} : SigmoidPair{large, small};
@@ -191,17 +195,19 @@ struct DeviceMath {
   // with error 2^-24 to 5.5, from where on 1 + erf is zero in fp32, and 2^-15 to 14. On the right
   // all is within 2 ulp; on the left the rounding of x^2 grows, to 2^-19 of the result at -5.
   static FXFUSE_HD float gelu(float x) {
-    const float t = device_math::Rcp(fmaf(fabsf(x), 0.51f, 1.0f));
-    float p = fmaf(t, 0.129829115f, -0.311979083f);
-    p = fmaf(t, p, 0.147984508f);
-    p = fmaf(t, p, 0.126497496f);
-    p = fmaf(t, p, 0.206393758f);
-    p = fmaf(t, p, 0.203313255f);
-    const float bell = device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
-    return device_math::SelectBelow(x, 1.5f, gelu_unit(x), device_math::GeluOf(x, bell, t * p));
+    return device_math::SelectBelow(x, 1.5f, gelu_unit(x),
+                                    device_math::GeluOf(x, device_math::Bell(x), Mills(x)));
   }
   // gelu(x) for x in [-1, 1], and in fact in [-1.5, 1.5]: fit error 2^-27, 2 ulp in all.
-  static FXFUSE_HD float gelu_unit(float x) {
+  static FXFUSE_HD float gelu_unit(float x) { return x * normal_unit(x).below; }
+  // Phi(x), and exp(-x^2 / 2): of any x, and of one in [-1, 1] or, in fact, [-1.5, 1.5].
+  static FXFUSE_HD Normal normal(float x) {
+    const float bell = device_math::Bell(x);
+    const float tail = bell * Mills(x);
+    return {device_math::SelectBelow(x, 1.5f, normal_unit(x).below, x > 0.0f ? 1.0f - tail : tail),
+            bell};
+  }
+  static FXFUSE_HD Normal normal_unit(float x) {
     const float u = x * x;
     float p = fmaf(u, 3.87111694e-07f, -8.53494624e-06f);
     p = fmaf(u, p, 0.000113824083f);
@@ -209,7 +215,17 @@ struct DeviceMath {
     p = fmaf(u, p, 0.00997272252f);
     p = fmaf(u, p, -0.0664901772f);
     p = fmaf(u, p, 0.398942265f);
-    return x * fmaf(x, p, 0.5f);
+    return {fmaf(x, p, 0.5f), device_math::Bell(x)};
+  }
+  // exp(x^2 / 2) Phi(-|x|) = t poly(t), see gelu.
+  static FXFUSE_HD float Mills(float x) {
+    const float t = device_math::Rcp(fmaf(fabsf(x), 0.51f, 1.0f));
+    float p = fmaf(t, 0.129829115f, -0.311979083f);
+    p = fmaf(t, p, 0.147984508f);
+    p = fmaf(t, p, 0.126497496f);
+    p = fmaf(t, p, 0.206393758f);
+    p = fmaf(t, p, 0.203313255f);
+    return t * p;
   }
   // Phi(x) + x phi(x), the normal distribution function and its density
   static FXFUSE_HD float gelu_slope(float x) {
@@ -290,30 +306,33 @@ struct DeviceHalfMath : DeviceMath {
     return x * (n * device_math::Rcp(n + 2.0f));
   }
   // x Phi(x). Error 2^-14.6 of the result, to where it is a subnormal fp32.
-  static FXFUSE_HD float gelu(float x) { return device_math::GeluOf(x, Bell(x), Mills(x)); }
+  static FXFUSE_HD float gelu(float x) {
+    return device_math::GeluOf(x, device_math::Bell(x), Mills(x));
+  }
   // gelu(x) for x in [-1, 1]. Error 2^-19, none at the ends.
-  static FXFUSE_HD float gelu_unit(float x) {
+  static FXFUSE_HD float gelu_unit(float x) { return x * normal_unit(x).below; }
+  static FXFUSE_HD Normal normal_unit(float x) {
     const float u = x * x;
     float p = fmaf(u, -0.000940374797f, 0.00977812149f);
     p = fmaf(u, p, -0.0664297938f);
     p = fmaf(u, p, 0.398936778f);
-    return x * fmaf(x, p, 0.5f);
+    return {fmaf(x, p, 0.5f), device_math::Bell(x)};
   }
-  // Phi(x) + x phi(x). The terms cancel near -0.75, so the tail is a finer one than gelu's:
-  // Abramowitz and Stegun, 7.1.26, error of the product below 1.5e-7 bell or so.
+  // Phi(x) + x phi(x). The terms cancel near -0.75, so the tail is a finer one than gelu's.
   static FXFUSE_HD float gelu_slope(float x) {
-    const float bell = Bell(x);
+    const Normal at = normal(x);
+    return fmaf(x, device_math::kDensityAtZero * at.bell, at.below);
+  }
+  // Abramowitz and Stegun, 7.1.26, error of the tail below 1.5e-7 bell or so.
+  static FXFUSE_HD Normal normal(float x) {
+    const float bell = device_math::Bell(x);
     const float t = device_math::Rcp(fmaf(fabsf(x), 0.23164189f, 1.0f));
     float p = fmaf(t, 0.530702715f, -0.726576013f);
     p = fmaf(t, p, 0.710706871f);
     p = fmaf(t, p, -0.142248368f);
     p = fmaf(t, p, 0.127414796f);
     const float tail = p * t * bell;
-    return fmaf(x, device_math::kDensityAtZero * bell, x > 0.0f ? 1.0f - tail : tail);
-  }
-
-  static FXFUSE_HD float Bell(float x) {  // exp(-x^2 / 2)
-    return device_math::Ex2(x * x * (-0.5f * device_math::kLog2E));
+    return {x > 0.0f ? 1.0f - tail : tail, bell};
   }
   // exp(x^2 / 2) Phi(-|x|) = t poly(t) with t = 1 / (1 + 0.37 |x|): the form of Abramowitz and
   // Stegun, 7.1.26, fitted for its relative error on [0, 13].
@@ -339,16 +358,22 @@ struct DeviceFastMath : DeviceHalfMath {
     const device_math::Reciprocal r = device_math::GuessRcp(device_math::OnePlus(e));
     return x * r.guess * r.factor;
   }
+  // 1 - s is as good as it need be: where it cancels, s is exact, or next to it.
+  static FXFUSE_HD SigmoidPair sigmoid_pair(float x) {
+    const float s = sigmoid(x);
+    return {s, 1.0f - s};
+  }
   // tanh(x) and gelu(x) for x in [-1, 1]. Errors 2^-13.5 and 2^-14.
   static FXFUSE_HD float tanh_unit(float x) {
     const float u = x * x;
     const float p = fmaf(u, fmaf(u, -0.02661347f, 0.11887723f), -0.330648215f);
     return x * fmaf(u, p, 0.99991832f);
   }
-  static FXFUSE_HD float gelu_unit(float x) {
+  static FXFUSE_HD float gelu_unit(float x) { return x * normal_unit(x).below; }
+  static FXFUSE_HD Normal normal_unit(float x) {
     const float u = x * x;
     const float p = fmaf(u, fmaf(u, 0.00801769997f, -0.0654545595f), 0.398790689f);
-    return x * fmaf(x, p, 0.5f);
+    return {fmaf(x, p, 0.5f), device_math::Bell(x)};
   }
   // erf(z) = tanh(z q(z^2)): q fitted to atanh(erf(z)) / z on [0, 3] with error below 2^-14 in
   // erf; beyond, the tanh saturates.

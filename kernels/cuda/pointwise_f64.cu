@@ -5,10 +5,11 @@
 
 namespace fxfuse {
 
-const PointwisePair& PointwiseF64() {
-  static const PointwisePair kernels = {
-      Describe<PointwiseConfig<DeviceDoubleMath, 4, 2, false>>("pointwise_f64", MathLevel::kDouble),
-      DescribeSums<PointwiseConfig<DeviceDoubleMath, 4, 2, false>>("sums_f64", MathLevel::kDouble)};
+const PointwiseKernels& PointwiseF64() {
+  using Config = PointwiseConfig<DeviceDoubleMath, 4, 2, false>;
+  static const PointwiseKernels kernels = {Describe<Config>("pointwise_f64", MathLevel::kDouble),
+                                           DescribeSums<Config>("sums_f64", MathLevel::kDouble),
+                                           DescribeSums<Config>("sums_f64", MathLevel::kDouble)};
   return kernels;
 }
 

@@ -6,10 +6,21 @@
 
 namespace fxfuse {
 
-const PointwiseKernel& PointwiseKernelFor(MathLevel math, bool sums) {
+const PointwiseKernel& PointwiseKernelFor(MathLevel math, PointwiseKind kind) {
   const bool is_double = math == MathLevel::kDouble;
-  const PointwisePair& pair = is_double ? PointwiseF64() : PointwiseF32()[static_cast<int>(math)];
-  return pair[sums ? 1 : 0];
+  const PointwiseKernels& kernels =
+      is_double ? PointwiseF64() : PointwiseF32()[static_cast<int>(math)];
+  return kernels[static_cast<int>(kind)];
+}
+
+const PointwiseKernel& PointwiseKernelFor(const fxfuse_problem& problem) {
+  const MathLevel math = RequiredMath(problem);
+  DeviceProgram program;
+  PointwiseKind kind = HasSums(problem) ? PointwiseKind::kSums : PointwiseKind::kPlain;
+  if (math != MathLevel::kDouble && TranslateGradient(problem, &program)) {
+    kind = PointwiseKind::kGradient;
+  }
+  return PointwiseKernelFor(math, kind);
 }
 
 PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int threads, int64_t m, int64_t n) {
@@ -28,6 +39,11 @@ PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int threads, int64_
   const int64_t lines = (threads >> log2_lanes) * int64_t{kernel.groups};
   return {threads, log2_lanes, static_cast<uint32_t>(CeilDivide(vectors, int64_t{1} << log2_lanes)),
           static_cast<uint32_t>(CeilDivide(m, lines))};
+}
+
+int SlotCount(const fxfuse_problem& problem, PointwiseKind kind) {
+  static void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
+  return DescribePointwise<PointwiseArguments>(problem, kNoPointers, kind).program.slot_count;
 }
 
 PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident) {

@@ -9,6 +9,7 @@
 #define FXFUSE_CUDA_POINTWISE_KERNEL_CUH_
 
 #include "fragment.cuh"
+#include "gradient.cuh"
 #include "interpreter.cuh"
 #include "memory.cuh"
 #include "pointwise_kernel.h"
@@ -25,7 +26,8 @@ class SharedSlots {
   __device__ __forceinline__ SharedSlots(int offset, int count) {
     extern __shared__ __align__(16) uint8_t shared[];
     const int unit = threadIdx.x / 32 * count * kUnits * 32 + threadIdx.x % 32;
-    first_ = reinterpret_cast<Unit*>(shared + offset) + unit;
+    first_ = shared_address(shared) + offset + unit * static_cast<int>(sizeof(Unit));
+    asm volatile("" : "+r"(first_));  // or it would be computed anew for every step
   }
 
   template <int kCount>
@@ -33,13 +35,14 @@ class SharedSlots {
     if constexpr (kCount % kPerUnit == 0) {
 #pragma unroll
       for (int j = 0; j < kCount; j += kPerUnit) {
-        const Unit unit = At(slot, from + j);
+        const Unit unit = ReadUnit(slot, from + j);
 #pragma unroll
         for (int i = 0; i < kPerUnit; ++i) to[j + i] = unit.value[i];
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) to[j] = At(slot, from + j).value[(from + j) % kPerUnit];
+      for (int j = 0; j < kCount; ++j)
+        to[j] = ReadUnit(slot, from + j).value[(from + j) % kPerUnit];
     }
   }
   __device__ __forceinline__ void Write(int slot, const Value (&from)[kSize]) {
@@ -48,7 +51,7 @@ class SharedSlots {
       Unit unit;
 #pragma unroll
       for (int i = 0; i < kPerUnit; ++i) unit.value[i] = from[j + i];
-      At(slot, j) = unit;
+      WriteUnit(slot, j, unit);
     }
   }
   __device__ __forceinline__ void Fill(int slot, Value value) {
@@ -56,7 +59,7 @@ class SharedSlots {
 #pragma unroll
     for (int i = 0; i < kPerUnit; ++i) unit.value[i] = value;
 #pragma unroll
-    for (int j = 0; j < kSize; j += kPerUnit) At(slot, j) = unit;
+    for (int j = 0; j < kSize; j += kPerUnit) WriteUnit(slot, j, unit);
   }
 
  private:
@@ -66,12 +69,19 @@ class SharedSlots {
     Value value[kPerUnit];
   };
 
-  // The unit with value `from` of a slot.
-  __device__ __forceinline__ Unit& At(int slot, int from) const {
-    return first_[(slot * kUnits + from / kPerUnit) * 32];
+  // Where the unit with value `from` of a slot is.
+  __device__ __forceinline__ uint32_t At(int slot, int from) const {
+    return first_ + (slot * kUnits + from / kPerUnit) * 32 * static_cast<int>(sizeof(Unit));
+  }
+  __device__ __forceinline__ Unit ReadUnit(int slot, int from) const {
+    const float4 bits = load_shared(At(slot, from));
+    return *reinterpret_cast<const Unit*>(&bits);
+  }
+  __device__ __forceinline__ void WriteUnit(int slot, int from, const Unit& unit) {
+    store_shared(At(slot, from), *reinterpret_cast<const float4*>(&unit));
   }
 
-  Unit* first_;
+  uint32_t first_;  // an address in shared memory
 };
 
 // Sums over what the threads of a block compute. Over rows and over all each thread adds up its own
@@ -332,9 +342,9 @@ __device__ __forceinline__ bool AddsRows(const DeviceProgram& program, int outpu
   return sum == FXFUSE_SUM_ROWS || sum == FXFUSE_SUM_ALL;
 }
 
-// As PointwiseProgram, for problems with summed outputs. A block goes down a strip of blocks of
-// rows, so that it can add up columns.
-template <class Config>
+// As PointwiseProgram, for problems with summed outputs and gradients of chains. A block goes down
+// a strip of blocks of rows, so that it can add up columns.
+template <class Config, bool kGradient>
 __global__ void __launch_bounds__(kMostPointwiseThreads, Config::kBlocksPerSm)
     PointwiseSums(const __grid_constant__ typename Config::Arguments arguments) {
   using Fragment = typename Config::Fragment;
@@ -383,8 +393,13 @@ __global__ void __launch_bounds__(kMostPointwiseThreads, Config::kBlocksPerSm)
     raw.Unpack(arguments.dtype, values);
     // What lies below the last row is read as that.
     if constexpr (Config::kPrefetch) raw.Load(arguments, position(block + 1));
-    Interpreter<Fragment, typename Config::Math, Sums, true, Slots>::Run(program, at, values, 0,
-                                                                         sums, slots);
+    if constexpr (kGradient) {
+      GradientOfChain<Fragment, typename Config::Math, Sums, Slots>::Run(program, at, values, sums,
+                                                                         slots);
+    } else {
+      Interpreter<Fragment, typename Config::Math, Sums, true, Slots>::Run(program, at, values, 0,
+                                                                           sums, slots);
+    }
   }
 
   // Sums of the block, in a fixed order: columns by line, or threads by number.
@@ -423,14 +438,21 @@ template <class Config>
 PointwiseKernel Describe(const char* name, MathLevel math) {
   using Fragment = typename Config::Fragment;
   const void* function = reinterpret_cast<const void*>(&PointwiseProgram<Config>);
-  return {name, function, math, false, Fragment::kWidth, Fragment::kGroups};
+  return {name, function, math, PointwiseKind::kPlain, Fragment::kWidth, Fragment::kGroups};
 }
 
 template <class Config>
 PointwiseKernel DescribeSums(const char* name, MathLevel math) {
   using Fragment = typename Config::Fragment;
-  const void* function = reinterpret_cast<const void*>(&PointwiseSums<Config>);
-  return {name, function, math, true, Fragment::kWidth, Fragment::kGroups};
+  const void* function = reinterpret_cast<const void*>(&PointwiseSums<Config, false>);
+  return {name, function, math, PointwiseKind::kSums, Fragment::kWidth, Fragment::kGroups};
+}
+
+template <class Config>
+PointwiseKernel DescribeGradient(const char* name, MathLevel math) {
+  using Fragment = typename Config::Fragment;
+  const void* function = reinterpret_cast<const void*>(&PointwiseSums<Config, true>);
+  return {name, function, math, PointwiseKind::kGradient, Fragment::kWidth, Fragment::kGroups};
 }
 
 }  // namespace

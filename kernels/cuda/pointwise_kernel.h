@@ -6,6 +6,7 @@
 #include <stddef.h>
 
 #include "device_program.h"
+#include "gradient.h"
 
 namespace fxfuse {
 
@@ -31,24 +32,30 @@ using PointwiseArguments = PointwiseArgumentsOf<DeviceProgram>;
 using DoubleArguments = PointwiseArgumentsOf<DoubleProgram>;  // of the kernel in double precision
 static_assert(sizeof(DoubleArguments) <= 4096, "the limit of kernel parameters");
 
+// What a kernel serves: problems without summed outputs, those with them, and gradients of chains
+// (see gradient.h), with or without.
+enum class PointwiseKind : uint8_t { kPlain, kSums, kGradient };
+constexpr int kMathLevels = 4, kPointwiseKinds = 3;
+
 // A compiled kernel. A thread takes `groups` rows of `width` columns.
 struct PointwiseKernel {
   const char* name;
   const void* function;
   MathLevel math;
-  bool sums;  // serves problems with summed outputs, else those without
+  PointwiseKind kind;
   int8_t width;
   int8_t groups;
+
+  bool sums() const { return kind != PointwiseKind::kPlain; }
 };
 
-// One for each math level, without sums and with them.
-constexpr int kMathLevels = 4;
-const PointwiseKernel& PointwiseKernelFor(MathLevel math, bool sums);
-// Those of pointwise_f32.cu, in the order of math levels, and those of pointwise_f64.cu: the kernel
-// without sums and the one with them.
-using PointwisePair = PointwiseKernel[2];
-const PointwisePair* PointwiseF32();
-const PointwisePair& PointwiseF64();
+// One for each math level and kind. In double precision gradients are sums.
+const PointwiseKernel& PointwiseKernelFor(MathLevel math, PointwiseKind kind);
+const PointwiseKernel& PointwiseKernelFor(const fxfuse_problem& problem);
+// Those of pointwise_f32.cu, in the order of math levels, and those of pointwise_f64.cu.
+using PointwiseKernels = PointwiseKernel[kPointwiseKinds];
+const PointwiseKernels* PointwiseF32();
+const PointwiseKernels& PointwiseF64();
 
 // The division of an m x n matrix among blocks.
 struct PointwiseGrid {
@@ -59,9 +66,10 @@ struct PointwiseGrid {
 };
 PointwiseGrid DividePointwise(const PointwiseKernel& kernel, int threads, int64_t m, int64_t n);
 
-// The arguments of a problem, but for its division among blocks.
+// The arguments of a problem for a kernel of a kind, but for its division among blocks.
 template <class Arguments>
-Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers) {
+Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers,
+                            PointwiseKind kind) {
   Arguments arguments;
   arguments.accumulator = pointers[FXFUSE_PTR_A];
   arguments.row_stride = problem.lda;
@@ -70,6 +78,7 @@ Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers
       VectorAligned(pointers[FXFUSE_PTR_A], problem.lda, problem.m, problem.input_dtype);
   arguments.groups = GroupWidth(problem) > 0;
   TranslateProgram(problem, pointers, &arguments.program);
+  if (kind == PointwiseKind::kGradient) TranslateGradient(problem, &arguments.program);
   return arguments;
 }
 
@@ -83,11 +92,14 @@ void Divide(const PointwiseGrid& grid, Arguments* arguments) {
 }
 template <class Arguments>
 Arguments DescribePointwise(const fxfuse_problem& problem, void* const* pointers,
-                            const PointwiseGrid& grid) {
-  Arguments arguments = DescribePointwise<Arguments>(problem, pointers);
+                            PointwiseKind kind, const PointwiseGrid& grid) {
+  Arguments arguments = DescribePointwise<Arguments>(problem, pointers, kind);
   Divide(grid, &arguments);
   return arguments;
 }
+
+// The slots that a problem's steps need in a kernel of a kind.
+int SlotCount(const fxfuse_problem& problem, PointwiseKind kind);
 
 // The parts into which a problem with sums is divided, P and Q of fxfuse_output: strips of blocks
 // below each other, one block of threads to each, and parts of a row. resident: blocks that fill
@@ -100,7 +112,7 @@ PointwiseStrips DivideSums(const PointwiseGrid& grid, int resident);
 // Shared memory of a thread, for the sums of so many outputs and for slots.
 inline int SharedBytesOfThread(const PointwiseKernel& kernel, int outputs, int slots) {
   const int value_bytes = kernel.math == MathLevel::kDouble ? sizeof(double) : sizeof(float);
-  return value_bytes * kernel.width * ((kernel.sums ? outputs : 0) + kernel.groups * slots);
+  return value_bytes * kernel.width * ((kernel.sums() ? outputs : 0) + kernel.groups * slots);
 }
 
 }  // namespace fxfuse

@@ -33,6 +33,12 @@ __device__ __forceinline__ float4 load_shared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, float4 value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
 // Asynchronous copy of 16 bytes from global to shared memory; zeros, with nothing read, where
 // `inside` is 0. It bypasses L1 (.cg): a tile is read once per block and reused out of shared
 // memory.
