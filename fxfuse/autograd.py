@@ -156,7 +156,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.mm(a, b)
     transposed = b.stride(1) == 1
     weight = b if transposed else b.t()
-    static = Static(BARE, transposed, (), (), "a backward's product")
+    static = Static(BARE, transposed, (), (), "a backward's product", normwise=True)
     return _serve(a, (a, b))(a, weight, None, (), static)[0]
 
 

@@ -41,7 +41,7 @@ from .routes import (
     rows_and_columns,
     tf32_allowed,
 )
-from .split import Planes, plane_stride, split
+from .split import MAX_FACTOR_COLUMNS, Planes, plane_stride, split, split_against
 
 # What serves fp32 inputs as planes of fp16, by torch's name for the precision, and how many planes.
 _PLANES = {"high": 1, "highest": 2}
@@ -367,6 +367,10 @@ def _planes_recipe(
     k, planes = call.x.shape[-1], _PLANES[precision]
     stride = plane_stride(k)
     bias_dtype = None if call.bias is None else call.bias.dtype
+    # Planes of a weight [K, N] by its own rows are made in one pass over it and read as they are.
+    # Under a row's scale a column that is 2^-17 of the row's largest, and less, loses bits.
+    by_rows = call.transposed and call.normwise and not turned and k <= MAX_FACTOR_COLUMNS
+    ldb = plane_stride(columns) if by_rows else stride
     problem = lib.problem(
         call.program,
         rows,
@@ -375,17 +379,23 @@ def _planes_recipe(
         0,
         layouts,
         result.dtypes,
-        Gemm(k, stride, stride, bias_dtype, planes=planes),
+        Gemm(k, stride, ldb, bias_dtype, by_rows, planes),
         route=FORCED[-1] if FORCED else "auto",
     )
-    chosen = _chosen(lib, problem)[0]
+    try:
+        chosen = _chosen(lib, problem)[0]
+    except NoKernel:
+        if not by_rows:
+            raise
+        plain = replace(call, normwise=False)
+        return _planes_recipe(plain, result, lib, layouts, fixes, precision)
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
-    transposed = call.transposed
+    turns_weight = call.transposed and not by_rows
     without_planes = _pointwise_recipe(call, result, lib, layouts, fixes)
 
     def planes_of(weight: torch.Tensor) -> Planes:
-        return split(weight.t() if transposed else weight, planes=planes)[0]
+        return split(weight.t() if turns_weight else weight, planes=planes)[0]
 
     def run(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
@@ -397,11 +407,11 @@ def _planes_recipe(
             x = x.contiguous() if copies else x
             matrix = x.as_strided((rows, k), (lda, 1))
         try:
-            if frozen.is_marked(weight):
-                (a,) = split(matrix, planes=planes)
-                b = frozen.prepared(weight, ("planes", planes, transposed), planes_of)
+            if by_rows or frozen.is_marked(weight):
+                b = frozen.prepared(weight, ("planes", planes, turns_weight), planes_of)
+                a = split_against(matrix, b) if by_rows else split(matrix, planes=planes)[0]
             else:
-                a, b = split(matrix, weight.t() if transposed else weight, planes=planes)
+                a, b = split(matrix, weight.t() if turns_weight else weight, planes=planes)
         except torch.cuda.OutOfMemoryError:
             return without_planes.run(x, weight, bias, operands)
         operands = fixed(operands, fixes)

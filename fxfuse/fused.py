@@ -231,7 +231,7 @@ def _observe(
 def _record(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
     """Under a symbolic trace the call is one node, as it was."""
     proxy = next(t for t in (x, weight, bias, *operands) if isinstance(t, torch.fx.Proxy))
-    program, transposed, dropout, views, site, _ = static
+    program, transposed, dropout, views, site, *_ = static
     kwargs = {"dropout": dropout, "views": views, "site": site}
     if weight is None:
         target: Any = fused_pointwise

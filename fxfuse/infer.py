@@ -38,7 +38,8 @@ class Call:
     """A fused call as its caller describes it. Without weight, x itself is the accumulator.
 
     stores: one for each output, none where outputs are what torch's own ops make of them. With
-    stores an output covers the whole accumulator, whatever it is computed from.
+    stores an output covers the whole accumulator, whatever it is computed from. normwise: columns
+    of the product need be as exact as the largest of them, not each for itself.
     """
 
     x: torch.Tensor
@@ -50,6 +51,7 @@ class Call:
     views: tuple[tuple[int, ...], ...]
     site: str
     stores: tuple[Store, ...] = ()
+    normwise: bool = False
 
 
 @dataclass(frozen=True)

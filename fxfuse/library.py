@@ -131,6 +131,7 @@ class SplitStruct(ctypes.Structure):
         ("plane", ctypes.c_void_p),
         ("root", ctypes.c_void_p),
         ("special", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
     )
 
 

@@ -33,7 +33,7 @@ class Static(NamedTuple):
 
     program: canonical text. transposed: the weight is [K, N]. dropout: the training flag of each
     dropout of the program. views: the shape of each view. site: where the model makes the call.
-    stores: as in `infer.Call`.
+    stores, normwise: as in `infer.Call`.
     """
 
     program: str
@@ -42,6 +42,7 @@ class Static(NamedTuple):
     views: Sequence[View] = ()
     site: str = ""
     stores: tuple[Store, ...] = ()
+    normwise: bool = False
 
 
 def run(
@@ -105,6 +106,8 @@ def signature(
         key += (tuple(map(tuple, static.views)),)
     if static.stores:
         key += (static.stores,)
+    if static.normwise:
+        key += ("normwise",)
     if x.is_cuda:
         if x.dtype == torch.float32:
             key += (routes.tf32_allowed(), weight is not None and frozen.is_marked(weight))
@@ -125,13 +128,22 @@ def described(
     static: Static,
 ) -> Call:
     """The call, with its program read and its views resolved."""
-    program, transposed, _, views, site, stores = static
+    program, transposed, _, views, site, stores, normwise = static
     shape = tuple(x.shape)
     if weight is not None:
         shape = (*shape[:-1], weight.shape[1 if transposed else 0])
     resolved = resolve_views(views, shape)
     return Call(
-        x, weight, bias, tuple(operands), parse(program), transposed, resolved, site, stores
+        x,
+        weight,
+        bias,
+        tuple(operands),
+        parse(program),
+        transposed,
+        resolved,
+        site,
+        stores,
+        normwise,
     )
 
 

@@ -18,6 +18,7 @@ from .errors import InputError, LibraryError
 from .library import SplitStruct
 
 MAX_SPLITS = 2
+MAX_FACTOR_COLUMNS = 32768
 _ALIGNMENT = 8  # columns: a row of a plane starts at a multiple of 16 bytes
 _ROWS = 32  # a plane is allocated in multiples of so many
 _SMALLEST_HALF = 2.0**-24
@@ -28,7 +29,8 @@ class Planes:
     """fp16 planes of a matrix [rows, k]: plane.sum(0)[:, :k] * root[:, None] ** 2 is the matrix.
 
     plane: fp16 [planes, rows, plane_stride]; columns from k on are 0, and each plane has room up to
-    a multiple of 32 rows, because kernels read so many at a time. root: fp32 [rows], powers of two.
+    a multiple of 32 rows, because kernels read so many at a time. root: fp32 [rows], powers of two,
+    negative where a row is special and the matrix had a column stride of 1.
     special: int32 [rows], 1 where a row holds an infinity or a NaN; the first plane has them as
     they are, the second has 0 there.
     """
@@ -58,9 +60,35 @@ def split(*matrices: torch.Tensor, planes: int) -> tuple[Planes, ...]:
     return tuple(split_reference(matrix, planes) for matrix in matrices)
 
 
-def split_reference(matrix: torch.Tensor, planes: int) -> Planes:
-    """Return what `split` returns for one matrix, by torch ops on any device."""
+def split_against(matrix: torch.Tensor, other: Planes) -> Planes:
+    """Return as many planes of an fp32 matrix [M, K] as `other`, of a matrix [K, N] of up to
+    MAX_FACTOR_COLUMNS rows, has; they are of matrix * other.root**2.
+
+    So their product with other's, which are read along N, is scaled by this root alone. Where a
+    root is negative, every row of this one is special. The matrix has a column stride of 1.
+    Raises InputError for anything else.
+    """
+    planes = other.planes
+    _check((matrix,), planes)
+    k, roots = matrix.shape[1], other.root.shape[0]
+    if matrix.stride(1) != 1 or k != roots or k > MAX_FACTOR_COLUMNS:
+        raise InputError(
+            f"split_against: a matrix {list(matrix.shape)} of strides {matrix.stride()} and "
+            f"{roots} roots, expected a column stride of 1 and as many columns, up to "
+            f"{MAX_FACTOR_COLUMNS}"
+        )
+    if matrix.device.type == "cuda":
+        lib = library.find("fxfuse_cuda")
+        if not isinstance(lib, LibraryError):
+            return _split_cuda(lib, (matrix,), planes, other)[0]
+    return split_reference(matrix, planes, other)
+
+
+def split_reference(matrix: torch.Tensor, planes: int, other: Planes | None = None) -> Planes:
+    """Return what `split`, or `split_against`, returns of a matrix, by torch ops on any device."""
     matrix = matrix.detach()
+    if other is not None:
+        matrix = matrix * other.root * other.root  # a square may be no fp32 number
     out = _empty(matrix, planes)
     finite = matrix.isfinite()
     # A column of zeros changes no maximum, and gives rows of no columns one.
@@ -78,8 +106,13 @@ def split_reference(matrix: torch.Tensor, planes: int) -> Planes:
     out.plane[0, :, : out.k] = hi
     if planes == 2:
         out.plane[1, :, : out.k] = (scaled - hi.float()).half().where(finite, 0.0)
-    out.root.copy_(_power_of_two(half))
-    out.special.copy_(finite.logical_not().any(1))
+    special = finite.logical_not().any(1)
+    if other is not None:
+        special |= (other.root < 0).any()
+    root = _power_of_two(half)
+    adjacent = matrix.stride(1) == 1 or matrix.shape[1] <= 1
+    out.root.copy_(torch.where(special, -root, root) if adjacent else root)
+    out.special.copy_(special)
     return out
 
 
@@ -125,7 +158,10 @@ def _check(matrices: tuple[torch.Tensor, ...], planes: int) -> None:
 
 
 def _split_cuda(
-    lib: library.Library, matrices: tuple[torch.Tensor, ...], planes: int
+    lib: library.Library,
+    matrices: tuple[torch.Tensor, ...],
+    planes: int,
+    other: Planes | None = None,
 ) -> tuple[Planes, ...]:
     outs = tuple(_empty(matrix, planes) for matrix in matrices)
     described = (SplitStruct * len(matrices))()
@@ -135,6 +171,8 @@ def _split_cuda(
         struct.plane_stride, struct.planes = out.plane.shape[2], planes
         struct.source, struct.plane = matrix.data_ptr(), out.plane.data_ptr()
         struct.root, struct.special = out.root.data_ptr(), out.special.data_ptr()
+        if other is not None:
+            struct.factor = other.root.data_ptr()
     device = matrices[0].get_device()
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))

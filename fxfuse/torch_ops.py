@@ -63,7 +63,7 @@ def dispatch(
     x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static
 ) -> Sequence[torch.Tensor]:
     """Call the op: for tensors, modes and compilers that should see it."""
-    program, transposed, _, views, site, _ = static
+    program, transposed, _, views, site, *_ = static
     packed = pack_views(views)
     if weight is None:
         return torch.ops.fxfuse.pointwise(x, list(operands), program, packed, site)

@@ -259,9 +259,13 @@ class Checker {
     }
     if (problem_.has_bias && pointers_[FXFUSE_PTR_BIAS] == nullptr) return Null("bias");
     if (problem_.planes > 0 && pointers_[FXFUSE_PTR_ROOT_A] == nullptr) return Null("root_a");
-    if (problem_.planes > 0 && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
     if (problem_.planes > 1 && pointers_[FXFUSE_PTR_SPECIAL_A] == nullptr) return Null("special_a");
-    if (problem_.planes > 1 && pointers_[FXFUSE_PTR_SPECIAL_B] == nullptr) return Null("special_b");
+    if (!problem_.b_transposed) {
+      if (problem_.planes > 0 && pointers_[FXFUSE_PTR_ROOT_B] == nullptr) return Null("root_b");
+      if (problem_.planes > 1 && pointers_[FXFUSE_PTR_SPECIAL_B] == nullptr) {
+        return Null("special_b");
+      }
+    }
     for (int i = 0; i < program_.operand_count; ++i) {
       if ((used_operands_ >> i & 1u) != 0 && pointers_[FXFUSE_PTR_OPERAND + i] == nullptr) {
         return Null("operand", i);

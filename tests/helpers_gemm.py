@@ -20,7 +20,7 @@ from fxfuse.library import (
     Pointers,
 )
 from fxfuse.program import parse
-from fxfuse.split import plane_stride, split
+from fxfuse.split import Planes, plane_stride, split, split_against
 
 TILES = (256, 128, 64)
 SKINNY_TILES = (256, 128, 64, 32, 16)
@@ -90,7 +90,7 @@ def run_tile(
     outputs = [torch.full((m, n), torch.nan, dtype=dtype, device="cuda") for _ in parsed.outputs]
     lda, ldb, input_dtype = x.stride(0), weight.stride(0), dtype
     if planes:
-        lda = ldb = plane_stride(k)
+        lda, ldb = plane_stride(k), plane_stride(n if transposed else k)
         input_dtype = torch.float16
     gemm = Gemm(k, lda, ldb, None if bias is None else dtype, transposed, planes)
     dtypes = [dtype] * len(outputs)
@@ -100,7 +100,12 @@ def run_tile(
         return None
     pointers = Pointers()
     pointers[0], pointers[1] = x.data_ptr(), weight.data_ptr()
-    split_inputs = split(x, weight, planes=planes) if planes else ()
+    split_inputs: tuple[Planes, ...] = ()
+    if planes and transposed:
+        (by_rows,) = split(weight, planes=planes)
+        split_inputs = split_against(x, by_rows), by_rows
+    elif planes:
+        split_inputs = split(x, weight, planes=planes)
     for i, of in enumerate(split_inputs):
         pointers[i] = of.plane.data_ptr()
         pointers[POINTER_ROOTS + i] = of.root.data_ptr()

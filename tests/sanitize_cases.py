@@ -108,14 +108,14 @@ def planes_cases(route: str) -> Iterator[tuple[str, bool]]:
         cases = [*itertools.product((1, 2), TILES, SPLITS, sizes)]
     else:  # the last two take the larger tiles on an H200
         cases = [(2, 0, 0, size) for size in (*sizes, (630, 3580, 136), (1000, 4001, 264))]
-    for planes, tile, division, (m, n, k) in cases:
+    turns = (False, True) if route == "hopper" else (False,)
+    for (planes, tile, division, (m, n, k)), turned in itertools.product(cases, turns):
         x, weight, bias = (randn(*s, dtype=torch.float32) for s in ((m, k), (n, k), (n,)))
         for special in (False, True)[:planes]:
             if special:
                 x[5, 7] = torch.inf
-            found = run_tile(
-                x, weight, bias, [], program, tile, division, planes=planes, route=route
-            )
+            stored = weight.t().contiguous() if turned else weight
+            found = run_tile(x, stored, bias, [], program, tile, division, turned, planes, route)
             if found is None:
                 continue
             truth = F.silu(F.linear(x.double(), weight.double(), bias.double()))
@@ -123,7 +123,8 @@ def planes_cases(route: str) -> Iterator[tuple[str, bool]]:
             finite = truth.isfinite()
             factor = 1.0 if planes == 1 else 1e-3
             right &= close(found[0][finite], truth[finite], torch.float32, factor)
-            yield f"{route} {planes} planes {tile}/{division} {m}x{n}x{k} special {special}", right
+            name = f"{route} {planes} planes {tile}/{division} {m}x{n}x{k} turned {turned}"
+            yield f"{name} special {special}", right
 
 
 def skinny_cases() -> Iterator[tuple[str, bool]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import cuda, library
+from fxfuse.autograd import product
 from fxfuse.cuda import cuda_recipe, prefers_planes
 from fxfuse.errors import LibraryError
 from fxfuse.fused import forced_route, fused_linear, routes_taken
@@ -146,10 +147,12 @@ def check_size(size, runs):
 
 @pytest.mark.gpu
 @hopper
+@pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_tile_and_division(size):
-    def run(tile, division, *arguments):
-        outputs = run_tile(*arguments, tile, division, planes=2)
+def test_every_tile_and_division(size, transposed):
+    def run(tile, division, x, weight, *arguments):
+        stored = weight.t().contiguous() if transposed else weight
+        outputs = run_tile(x, stored, *arguments, tile, division, transposed, planes=2)
         return None if outputs is None else outputs[0]
 
     runs = [
@@ -298,6 +301,46 @@ def test_a_conv1d_weight_is_split_along_its_columns(route):
         found = fused_linear(x, weight, bias, [], GELU, True, site="conv1d")
     assert routes_taken("conv1d", GELU) == [(f"{route}-highest", None)]
     assert error(found, truth) <= error(F.gelu(x @ weight + bias), truth)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("size", [(300, 768, 3072), (77, 136, 200), (130, 1001, 521)])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_backward_s_weight_is_split_along_its_rows(size, precision, monkeypatch):
+    m, k, n = size
+    x = randn(m, k) * 2.0 ** torch.randint(-2, 3, (k,), device="cuda")
+    weight = randn(k, n) * 2.0 ** torch.randint(-30, 30, (k, 1), device="cuda")
+    x *= weight.abs().amax(1).log2().floor().neg().exp2()
+    split_by_rows = []
+    against = cuda.split_against
+    monkeypatch.setattr(cuda, "split_against", lambda *a: split_by_rows.append(a) or against(*a))
+    torch.set_float32_matmul_precision(precision)
+    with forced_route("hopper"):
+        found = product(x, weight)
+    assert len(split_by_rows) == 1
+    truth = x.double() @ weight.double()
+    torch.set_float32_matmul_precision("highest")
+    limit = error(x @ weight, truth) if precision == "highest" else 4e-4
+    assert error(found, truth) <= limit
+
+
+@pytest.mark.gpu
+@hopper
+def test_infinities_of_a_weight_by_rows_are_where_eager_has_them():
+    x, weight = randn(300, 512), randn(512, 264)
+    weight[3, 5], weight[4, 6], weight[5, 7] = torch.inf, -torch.inf, torch.nan
+    x[9], x[10, 3], x[11, 8] = 0, -x[10, 3].abs(), torch.inf
+    x[12] *= 1e-30
+    with forced_route("hopper"):
+        found = product(x, weight)
+    eager = x @ weight
+    assert torch.equal(found.isnan(), eager.isnan())
+    assert torch.equal(found.isinf(), eager.isinf())
+    assert torch.equal(found[found.isinf()].sign(), eager[eager.isinf()].sign())
+    # All of it is a product of single planes then.
+    finite = eager.isfinite()
+    assert error(found[finite], (x.double() @ weight.double())[finite]) < 3e-4
 
 
 @both_routes

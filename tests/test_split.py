@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from fxfuse import library
 from fxfuse.errors import InputError, LibraryError
 from fxfuse.library import SplitStruct
-from fxfuse.split import Planes, split, split_reference
+from fxfuse.split import Planes, split, split_against, split_reference
 
 gpu = [
     pytest.mark.gpu,
@@ -119,7 +120,7 @@ def test_infinities_and_nans_do_not_set_the_scale(planes):
     assert out.special.tolist() == [1, 1, 1, 0]
     finite = matrix.isfinite()
     without = split_reference(matrix.where(finite, 0.0), planes)
-    assert torch.equal(out.root, without.root)
+    assert torch.equal(out.root, without.root.where(out.special == 0, -without.root))
     hi = out.plane[0, :, :3]
     assert torch.equal(hi[finite], without.plane[0, :, :3][finite])
     assert str(hi[~finite].tolist()) == str(matrix[~finite].tolist())
@@ -146,6 +147,33 @@ def test_three_products_of_planes_have_the_accuracy_of_fp32():
     product *= a.root.double()[:, None] ** 2 * b.root.double() ** 2
     truth = x.double() @ weight.double().t()
     assert ((product - truth).norm(dim=0) <= 2.0**-21 * truth.norm(dim=0)).all()
+
+
+@pytest.mark.parametrize("planes", PLANES)
+def test_against_another_the_other_s_scales_are_folded_in(planes):
+    other = torch.randn(50, 20) * 2.0 ** torch.randint(-60, 60, (50, 1))
+    matrix = torch.randn(7, 50) * 2.0 ** torch.randint(-20, 20, (50,))
+    by = split_reference(other, planes)
+    out = split_against(matrix, by)
+    product = (kept(out) @ kept(by)) * out.root.double()[:, None] ** 2
+    expected = matrix.double() @ other.double()
+    error = (product - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 2.0 ** (-11 if planes == 1 else -22)
+    assert not out.special.any()
+    other[3, 4] = INF
+    assert split_against(matrix, split_reference(other, planes)).special.all()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (torch.ones(3, 6), "a matrix [3, 6] of strides (6, 1) and 5 roots"),
+        (torch.ones(5, 3).t(), "a matrix [3, 5] of strides (1, 3) and 5 roots"),
+    ],
+)
+def test_what_split_against_refuses(matrix, message):
+    with pytest.raises(InputError, match=re.escape(f"split_against: {message}")):
+        split_against(matrix, split_reference(torch.ones(5, 8), 2))
 
 
 def test_on_the_cpu_split_is_the_reference():
@@ -197,6 +225,7 @@ REFUSED = {
     "source": (0, "matrices[0].source=(nil), expected a multiple of 4"),
     "plane": (8, "matrices[0].plane=0x8, expected a multiple of 16"),
     "root": (8, "matrices[0].root=0x8, expected a multiple of 16"),
+    "factor": (8, "matrices[0].factor=0x8, expected a multiple of 16"),
 }
 
 
@@ -207,7 +236,7 @@ def test_what_the_library_refuses(field):
     if isinstance(lib, LibraryError):
         pytest.skip(str(lib))
     value, message = REFUSED[field]
-    struct = SplitStruct(4, 8, 8, 1, 8, 1, 0, 64, 64, 64, None)
+    struct = SplitStruct(4, 8, 8, 1, 8, 1, 0, 64, 64, 64, None, None)
     setattr(struct, field, value)
     assert lib.handle.fxfuse_cuda_split(ctypes.byref(struct), 1, None) == 1
     assert lib.handle.fxfuse_last_error().decode() == f"fxfuse_cuda_split: {message}"
@@ -226,14 +255,15 @@ def test_the_library_takes_one_or_two(count):
 # The kernel --------------------------------------------------------------------------------------
 
 
-def same(found: Planes, expected: Planes) -> None:
-    """Equal to the bit, but for the payload of a NaN."""
+def same(found: Planes, expected: Planes, adjacent: bool = True) -> None:
+    """Equal to the bit, but for the payload of a NaN and, if not `adjacent`, signs of roots."""
     assert (found.k, found.plane.shape) == (expected.k, expected.plane.shape)
     plane, other = found.plane.cpu(), expected.plane.cpu()
     assert torch.equal(plane.isnan(), other.isnan())
     number = ~other.isnan()
     assert torch.equal(plane[number].view(torch.int16), other[number].view(torch.int16))
-    assert torch.equal(found.root.cpu(), expected.root.cpu())
+    roots = found.root.cpu(), expected.root.cpu()
+    assert torch.equal(*(roots if adjacent else (r.abs() for r in roots)))
     assert torch.equal(found.special.cpu(), expected.special.cpu())
 
 
@@ -304,7 +334,20 @@ class TestKernel:
             values = mixed(rows, k)
             expected = split_reference(values, planes)
             for layout in LAYOUTS:
-                same(split(laid_out(layout, values), planes=planes)[0], expected)
+                adjacent = "transposed" not in layout
+                same(split(laid_out(layout, values), planes=planes)[0], expected, adjacent)
+
+    @pytest.mark.parametrize("k", [1, 8, 200, 4100, 8192, 20000, 32768])
+    def test_against_another_equals_the_reference(self, k, planes):
+        other = mixed(k, 24)
+        values = mixed(29, k)
+        for special in (False, True):
+            if not special:
+                other = other.nan_to_num(1.0, 2.0, 3.0)
+            expected = split_against(values, split_reference(other, planes))
+            by = split(other.cuda(), planes=planes)[0]
+            for layout in ("contiguous", "padded", "sliced"):
+                same(split_against(laid_out(layout, values), by), expected)
 
     @pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES)
     def test_extremes(self, values, planes):
@@ -320,8 +363,8 @@ class TestKernel:
             expected = [split_reference(v, planes) for v in values]
             for layouts in itertools.product(("contiguous", "transposed"), repeat=2):
                 found = split(*map(laid_out, layouts, values), planes=planes)
-                for pair in zip(found, expected, strict=True):
-                    same(*pair)
+                for pair, layout in zip(zip(found, expected, strict=True), layouts, strict=True):
+                    same(*pair, layout == "contiguous")
 
     @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
     def test_nothing_to_split(self, shape, planes):
@@ -392,4 +435,4 @@ class TestKernel:
                 k,
             )
             fill(laid_out(layout, values), found)
-            same(found, expected)
+            same(found, expected, layout == "contiguous")

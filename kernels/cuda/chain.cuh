@@ -20,8 +20,9 @@ __host__ __device__ constexpr int AccumulatorIndex(int block, int h, int w) {
 
 // A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on. The lane has the
 // rows `row` and `row + 8`, and of each block eight columns: adjacent ones if `adjacent`, else two
-// of every eight (then nothing is of 32 bits). Operands and output are all of kDtype.
-template <class Math, int kDtype, int kBlocks>
+// of every eight (then nothing is of 32 bits). Operands and output are all of kDtype. Without
+// kFullOperands every operand is the same for all rows.
+template <class Math, int kDtype, int kBlocks, bool kFullOperands>
 class Chain {
  public:
   static constexpr int kSize = 16 * kBlocks;
@@ -87,10 +88,10 @@ class Chain {
           Combine<Opcode::mul, false>(step, v);
           continue;
         case ChainCode::add_full:
-          Combine<Opcode::add, true>(step, v);
+          if constexpr (kFullOperands) Combine<Opcode::add, true>(step, v);
           continue;
         case ChainCode::mul_full:
-          Combine<Opcode::mul, true>(step, v);
+          if constexpr (kFullOperands) Combine<Opcode::mul, true>(step, v);
           continue;
         case ChainCode::store:
           Store(output, output_stride, v);

@@ -392,11 +392,19 @@ void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, Doub
          program.instruction_count * sizeof(program.immediate_f64[0]));
 }
 
-int ChainDtype(const fxfuse_problem& problem, void* const* pointers) {
+ChainTraits FindChain(const fxfuse_problem& problem, void* const* pointers) {
   static void* const kNoPointers[FXFUSE_PTR_COUNT] = {};
   DeviceProgram program;
   TranslateProgram(problem, pointers != nullptr ? pointers : kNoPointers, &program);
-  return program.chain_count > 0 ? program.output[program.chain_output[0]].dtype : kNoChain;
+  if (program.chain_count == 0) return {};
+  ChainTraits traits = {program.output[program.chain_output[0]].dtype, false};
+  for (const uint32_t word : program.chain_codes) {
+    for (int i = 0; i < kChainCodesPerWord; ++i) {
+      const uint32_t code = word >> (i * kChainCodeBits) & ((1 << kChainCodeBits) - 1);
+      traits.full_operands |= code >= static_cast<uint32_t>(ChainCode::add_full);
+    }
+  }
+  return traits;
 }
 
 MathLevel RequiredMath(const fxfuse_problem& problem) {

@@ -62,7 +62,7 @@ enum class ChainCode : uint8_t {
   mul_constant,
   add_row,
   mul_row,
-  add_full,
+  add_full,  // from here on, the operand has rows of its own
   mul_full
 };
 constexpr int kChainCodeBits = 5, kChainCodesPerWord = 6;
@@ -168,10 +168,14 @@ struct DoubleProgram : DeviceProgram {
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DeviceProgram* device);
 void TranslateProgram(const fxfuse_problem& problem, void* const* pointers, DoubleProgram* device);
 
-// The dtype of the chain that the program is, at these addresses or, without any, at aligned ones;
-// kNoChain where it is none.
+// Of the chain that the program is, at these addresses or, without any, at aligned ones: its dtype,
+// kNoChain where it is none, and whether it has operands [M, N].
 constexpr int kNoChain = -1;
-int ChainDtype(const fxfuse_problem& problem, void* const* pointers);
+struct ChainTraits {
+  int dtype = kNoChain;
+  bool full_operands = false;
+};
+ChainTraits FindChain(const fxfuse_problem& problem, void* const* pointers);
 
 MathLevel RequiredMath(const fxfuse_problem& problem);
 

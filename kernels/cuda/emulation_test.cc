@@ -510,7 +510,7 @@ void TestChainGroups(int64_t n, int width, bool adjacent) {
   DeviceProgram program = {};
   TranslateProgram(problem, pointers, &program);
   emulation::Launch(1, 32, [&] {
-    Chain<ChainMath, kDtype, kBlocks> chain(program);
+    Chain<ChainMath, kDtype, kBlocks, true> chain(program);
     float v[16 * kBlocks] = {};
     const int quad = threadIdx.x % 4;
     for (int b = 0; b < kBlocks; ++b) {

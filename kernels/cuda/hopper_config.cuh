@@ -12,11 +12,13 @@ namespace fxfuse {
 
 constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
 
-template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_>
+template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_,
+          bool kFullOperands_ = true>
 struct HopperConfig {
   using Math = Math_;
-  static constexpr int kChainDtype = kChainDtype_;  // serves chains of it alone; or kNoChain
-  static constexpr int kPlanes = kPlanes_;          // of each matrix: 1, or 2 for three products
+  static constexpr int kChainDtype = kChainDtype_;       // serves chains of it alone; or kNoChain
+  static constexpr bool kFullOperands = kFullOperands_;  // of chains: may have rows of their own
+  static constexpr int kPlanes = kPlanes_;  // of each matrix: 1, or 2 for three products
   static constexpr int kM = 128, kN = kN_, kStages = kStages_;
 
   static constexpr int kStageK = kRowBytes / 2;  // elements of K in a stage
@@ -121,7 +123,7 @@ __device__ __forceinline__ bool HasSpecial(const HopperArguments& arguments,
 #pragma unroll
   for (int i = 0; i < Config::kN; i += 32) {
     const int row = tile.column + i + lane;
-    if (row < static_cast<int>(arguments.program.columns)) {
+    if (arguments.special_b != nullptr && row < static_cast<int>(arguments.program.columns)) {
       special |= __ldg(arguments.special_b + row);
     }
   }

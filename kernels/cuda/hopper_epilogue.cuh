@@ -85,11 +85,13 @@ __device__ __forceinline__ float RootA(const HopperArguments& arguments, uint32_
 }
 
 __device__ __forceinline__ float RootB(const HopperArguments& arguments, uint32_t column) {
+  if (arguments.root_b == nullptr) return 1.0f;
   return __ldg(arguments.root_b + min(column, arguments.program.columns - 1));
 }
 
 template <class Config>
-using ChainOf = Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32>;
+using ChainOf =
+    Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32, Config::kFullOperands>;
 
 // Brings accumulators of scaled planes back, of a chain: the number of columns is a multiple of 8.
 template <class Config>

@@ -26,6 +26,8 @@
 #ifndef FXFUSE_CUDA_HOPPER_GEMM_CUH_
 #define FXFUSE_CUDA_HOPPER_GEMM_CUH_
 
+#include <type_traits>
+
 #include "hopper_epilogue.cuh"
 #include "hopper_mainloop.cuh"
 #include "hopper_producer.cuh"
@@ -60,10 +62,19 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
       meanwhile();
       SkipStages<Config>(barriers, special ? 2 * work.stages : work.stages, at);
     } else if constexpr (Config::kPlanes == 2) {
-      MultiplyPlanes<Config>(ring, barriers, work.stages, group, accumulator, at, meanwhile);
-      if (special) {
-        MultiplySpecial<Config>(arguments, ring, barriers, work.stages, group, row0, origin.column,
-                                accumulator, at);
+      const auto multiply = [&](auto major) {
+        MultiplyPlanes<Config, major.value>(ring, barriers, work.stages, group, accumulator, at,
+                                            meanwhile);
+        if (special) {
+          MultiplySpecial<Config, major.value>(arguments, ring, barriers, work.stages, group, row0,
+                                               origin.column, accumulator, at);
+        }
+      };
+      // Chains of planes are of a B [N, K] alone.
+      if (Config::kChainDtype == kNoChain && arguments.layout_b == LayoutB::kColumns) {
+        multiply(std::integral_constant<Major, Major::kMN>());
+      } else {
+        multiply(std::integral_constant<Major, Major::kK>());
       }
     } else {
 #define FXFUSE_MULTIPLY(Input, major)                                                        \
@@ -140,6 +151,7 @@ HopperKernel DescribeHopper(const char* name) {
           Config::kM,
           Config::kN,
           Config::kChainDtype,
+          Config::kFullOperands,
           Config::kSharedBytes};
 }
 

@@ -9,6 +9,15 @@ HopperKernels HopperHalfChain() {
       {{"hopper_128x256_half_chain", "hopper_128x128_half_chain", "hopper_128x64_half_chain"}});
 }
 
+// Without steps for operands [M, N] nothing is spilled to local memory, where it waits behind
+// stores.
+HopperKernels HopperHalfRows() {
+  static const HopperKernel kernel =
+      DescribeHopper<HopperConfig<DeviceHalfMath, FXFUSE_F16, 1, 256, 4, false>>(
+          "hopper_128x256_half_rows");
+  return {&kernel, 1};
+}
+
 HopperKernels HopperHalf() {
   return InstantiateHopper<DeviceHalfMath, kNoChain>(
       {{"hopper_128x256_half", "hopper_128x128_half", "hopper_128x64_half"}});

@@ -29,7 +29,8 @@ struct HopperArguments {
   int32_t split;   // blocks that divide K among them, a cluster: 1, 2, 4 or 8
   int32_t tiles_m, tiles_n;
   int32_t plane_rows_a, plane_rows_b;  // from one plane to the next
-  // Null, or what undoes the scaling of A's and B's rows: acc * (root_a[m] * root_b[n])^2.
+  // Null, or what undoes the scaling of A's and B's rows: acc * (root_a[m] * root_b[n])^2. Of
+  // planes of a B [K, N] root_b and special_b are null: A has their part.
   const float* root_a;
   const float* root_b;
   // Of two planes: 1 for a row that holds an infinity or a NaN.
@@ -45,7 +46,8 @@ struct HopperKernel {
   MathLevel math;
   int16_t planes;  // of each matrix that it multiplies: 1 or 2
   int16_t tile_m, tile_n;
-  int8_t chain_dtype;  // serves chains of it alone (see ChainDtype), faster; or kNoChain: anything
+  int8_t chain_dtype;  // serves chains of it alone (see FindChain), faster; or kNoChain: anything
+  bool full_operands;  // serves chains with operands [M, N]
   int32_t shared_bytes;
 };
 
@@ -57,6 +59,7 @@ constexpr int kMaxSplit = 8;  // the largest cluster every GPU accepts
 using HopperKernels = KernelList<HopperKernel>;
 HopperKernels HopperFastChain();
 HopperKernels HopperFast();
+HopperKernels HopperHalfRows();  // preferred to the next, where it serves
 HopperKernels HopperHalfChain();
 HopperKernels HopperHalf();
 HopperKernels HopperHighChain();

@@ -105,7 +105,11 @@ Tensor DescribeB(const fxfuse_problem& problem, LayoutB layout, int box) {
     return {5, {k, 2, 4, 4, n / 32}, {row, 8 * row, 2 * row, 32 * row}, {64, 2, 4, 4, box / 32}};
   }
   if (layout == LayoutB::kRows) return {2, {k, n}, {row}, {64, box}};
-  return {2, {n, k}, {RowStride(k, n, problem.ldb)}, {64, 64}};
+  // Rows of a plane beyond K are zeros, whatever its padding holds.
+  const int64_t planes = std::max(problem.planes, 1);
+  const int64_t columns_row = RowStride(k, problem.n, problem.ldb);
+  return {
+      3, {problem.n, k, planes}, {columns_row, PlaneRows(problem, k) * columns_row}, {64, 64, 1}};
 }
 
 int TailRows(const fxfuse_problem& problem) {
@@ -194,7 +198,7 @@ Division BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
 
 HopperKernels AllHopperKernels() {
   static const KernelTable<HopperKernel, kMaxHopperKernels> table = {
-      HopperFastChain(), HopperFast(),  HopperHalfChain(),   HopperHalf(),
+      HopperFastChain(), HopperFast(),  HopperHalfRows(),    HopperHalfChain(), HopperHalf(),
       HopperHighChain(), HopperExact(), HopperPlanesChain(), HopperPlanes()};
   return table.List();
 }
@@ -204,17 +208,19 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
   const bool halves = problem.input_dtype == FXFUSE_F16 || problem.input_dtype == FXFUSE_BF16;
   if (!device.hopper || !aligned || !halves || problem.k == 0) return {};
   const int group_width = GroupWidth(problem);
-  const auto best = [&](int chain_dtype) {
+  const auto best = [&](const ChainTraits& chain) {
     return BestKernel(
         AllHopperKernels(), RequiredMath(problem),
         [&](const HopperKernel& k) {
-          return k.chain_dtype == chain_dtype && k.planes == std::max(problem.planes, 1) &&
-                 group_width <= (chain_dtype == kNoChain ? 0 : k.tile_n);
+          return k.chain_dtype == chain.dtype && k.full_operands >= chain.full_operands &&
+                 k.planes == std::max(problem.planes, 1) &&
+                 group_width <= (chain.dtype == kNoChain ? 0 : k.tile_n);
         },
         [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
   };
-  const HopperKernel* kernel = best(ChainDtype(problem, pointers));
-  if (kernel == nullptr) kernel = best(kNoChain);
+  const bool turned_planes = problem.planes > 0 && problem.b_transposed;
+  const HopperKernel* kernel = best(turned_planes ? ChainTraits() : FindChain(problem, pointers));
+  if (kernel == nullptr) kernel = best(ChainTraits());
   if (kernel == nullptr) return {};
   const int split = BestDivision(*kernel, problem, device).split;
   return split > 0 ? HopperChoice{kernel, split} : HopperChoice{};
@@ -283,11 +289,13 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
   arguments.plane_rows_b = static_cast<int32_t>(PlaneRows(problem, problem.n));
   if (problem.planes > 0) {
     arguments.root_a = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_A]);
-    arguments.root_b = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_B]);
+    if (!problem.b_transposed) arguments.root_b = static_cast<float*>(pointers[FXFUSE_PTR_ROOT_B]);
   }
   if (problem.planes > 1) {
     arguments.special_a = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_A]);
-    arguments.special_b = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_B]);
+    if (!problem.b_transposed) {
+      arguments.special_b = static_cast<int32_t*>(pointers[FXFUSE_PTR_SPECIAL_B]);
+    }
   }
   TranslateProgram(problem, pointers, &arguments.program);
   // A divided tile is a cluster's only one: the ring serves the reduction in the end.

@@ -25,24 +25,24 @@ __device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, 
 }
 
 // The same of two planes each, from zero. What is small comes first, so that less is truncated.
-template <class Config>
+template <class Config, Major kMajorB>
 __device__ __forceinline__ void MultiplyStagePlanes(Accumulator<Config>& part, uint32_t stage,
                                                     int group) {
-  using Product = Wgmma<__half, Major::kK>;
-  constexpr uint64_t kStep = kDescriptorStep<Major::kK>;
+  using Product = Wgmma<__half, kMajorB>;
+  constexpr uint64_t kStepA = kDescriptorStep<Major::kK>, kStepB = kDescriptorStep<kMajorB>;
   const uint64_t hi_a = describe<Major::kK>(stage + group * 64 * kRowBytes);
   const uint64_t lo_a = hi_a + (Config::kBytesA >> 4);
-  const uint64_t hi_b = describe<Major::kK>(stage + 2 * Config::kBytesA);
+  const uint64_t hi_b = describe<kMajorB>(stage + 2 * Config::kBytesA);
   const uint64_t lo_b = hi_b + (Config::kBytesB >> 4);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
-    Product::Multiply(part, lo_a + step * kStep, hi_b + step * kStep, step > 0);
-    Product::Multiply(part, hi_a + step * kStep, lo_b + step * kStep, 1);
+    Product::Multiply(part, lo_a + step * kStepA, hi_b + step * kStepB, step > 0);
+    Product::Multiply(part, hi_a + step * kStepA, lo_b + step * kStepB, 1);
   }
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
-    Product::Multiply(part, hi_a + step * kStep, hi_b + step * kStep, 1);
+    Product::Multiply(part, hi_a + step * kStepA, hi_b + step * kStepB, 1);
   }
   wgmma_commit();
 }
@@ -80,7 +80,7 @@ __device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& 
 }
 
 // Of two planes each. The other warpgroup's multiply-adds run while this one promotes its own.
-template <class Config, class Meanwhile>
+template <class Config, Major kMajorB, class Meanwhile>
 __device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Config>& barriers,
                                                int stages, int group, Accumulator<Config>& sum,
                                                RingPosition<Config>& at,
@@ -91,7 +91,7 @@ __device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Con
   for (int stage = 0; stage < stages; ++stage) {
     Accumulator<Config> part;
     barrier_wait(barriers.Full(at.slot), at.parity);
-    MultiplyStagePlanes<Config>(part, ring + at.slot * Config::kStageBytes, group);
+    MultiplyStagePlanes<Config, kMajorB>(part, ring + at.slot * Config::kStageBytes, group);
     if (stage == 0) meanwhile();
     wgmma_wait<0>();
     ReleaseStage(barriers, at.slot);
@@ -114,24 +114,26 @@ __device__ __forceinline__ void SkipStages(const Barriers<Config>& barriers, int
 
 // Of a tile of two planes each with special rows: multiplies the high planes alone, which gives
 // their infinities and NaNs as fp32 would. Planes of low parts hold zeros and either sign.
-template <class Config>
+template <class Config, Major kMajorB>
 __device__ __forceinline__ void MultiplySpecial(const HopperArguments& arguments, uint32_t ring,
                                                 const Barriers<Config>& barriers, int stages,
                                                 int group, int row0, int column0,
                                                 Accumulator<Config>& sum,
                                                 RingPosition<Config>& at) {
   Accumulator<Config> high;
-  Multiply<Config, __half, Major::kK>(ring, barriers, stages, group, high, at, [] {});
+  Multiply<Config, __half, kMajorB>(ring, barriers, stages, group, high, at, [] {});
   const int rows = static_cast<int>(arguments.program.rows);
   const int columns = static_cast<int>(arguments.program.columns);
   const int row = row0 + threadIdx.x % 32 / 4;
+  // Of a B [K, N] no column is special, but, where a row is, every row of A.
+  const bool columns_matter = kMajorB == Major::kK;
   const int column = column0 + threadIdx.x % 4 * 8;
   const bool special_row[] = {__ldg(arguments.special_a + min(row, rows - 1)) != 0,
                               __ldg(arguments.special_a + min(row + 8, rows - 1)) != 0};
 #pragma unroll
   for (int i = 0; i < Config::kN / 4; ++i) {
     const int n = min(column + i / 8 * 32 + i % 8, columns - 1);
-    const bool special_column = __ldg(arguments.special_b + n) != 0;
+    const bool special_column = columns_matter && __ldg(arguments.special_b + n) != 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int v = AccumulatorIndex(i / 8, h, i % 8);

@@ -9,20 +9,23 @@ namespace fxfuse {
 
 __device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Brings `rows` rows of B, from `n` on, or as many columns, at `k`, in boxes of `box`. Of an
-// interleaved B what lies beyond row `whole` is its tail's.
-__device__ __forceinline__ void CopyB(const CUtensorMap& map, const CUtensorMap& tail,
-                                      LayoutB layout, int box, uint32_t to, uint32_t full, int n,
-                                      int rows, int k, int whole) {
+// Brings `rows` rows of a plane of B, from `n` on, or as many columns, at `k`, in boxes of `box`.
+// Of an interleaved B what lies beyond the last multiple of 32 rows is its tail's.
+template <class Config>
+__device__ __forceinline__ void CopyB(const HopperArguments& arguments, const CUtensorMap& map,
+                                      int box, uint32_t to, uint32_t full, int n, int rows, int k,
+                                      int plane) {
+  const int first = n + plane * arguments.plane_rows_b;
+  const int whole = Config::kPlanes * arguments.plane_rows_b / 32 * 32;
   for (int i = 0; i < rows; i += box) {
-    if (layout == LayoutB::kInterleaved) {
-      const bool inside = n + i < whole;
-      copy_box(to + i * kRowBytes, inside ? &map : &tail, full, k, 0, 0, 0,
-               inside ? (n + i) / 32 : 0);
-    } else if (layout == LayoutB::kRows) {
-      copy_box(to + i * kRowBytes, &map, full, k, n + i);
+    if (arguments.layout_b == LayoutB::kInterleaved) {
+      const bool inside = first + i < whole;
+      copy_box(to + i * kRowBytes, inside ? &map : &arguments.b_tail, full, k, 0, 0, 0,
+               inside ? (first + i) / 32 : 0);
+    } else if (arguments.layout_b == LayoutB::kRows) {
+      copy_box(to + i * kRowBytes, &map, full, k, first + i);
     } else {
-      copy_box(to + i * kRowBytes, &map, full, n + i, k);
+      copy_box(to + i * kRowBytes, &map, full, n + i, k, plane);
     }
   }
 }
@@ -68,9 +71,8 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
 #pragma unroll
       for (int p = 0; p < Config::kPlanes; ++p) {
         if (brings_b) {
-          CopyB(b, arguments.b_tail, arguments.layout_b, box_b, to_b + p * Config::kBytesB, full,
-                tile.column + p * arguments.plane_rows_b, rows_b, k,
-                Config::kPlanes * arguments.plane_rows_b / 32 * 32);
+          CopyB<Config>(arguments, b, box_b, to_b + p * Config::kBytesB, full, tile.column, rows_b,
+                        k, p);
         } else {
           for (int i = 0; i < rows_a; i += box_a) {
             copy_box(to_a + p * Config::kBytesA + i * kRowBytes, &a, full, k,

@@ -64,6 +64,16 @@ fxfuse_status CheckMatrix(const char* call, const fxfuse_split& matrix, int i) {
   if (status == FXFUSE_OK && matrix.rows > 0) {
     status = CheckAddress(call, i, "root", matrix.root, 16);
   }
+  if (status == FXFUSE_OK && matrix.factor != nullptr) {
+    if (!AdjacentColumns(matrix)) {
+      return Bad(call, i, "column_stride", matrix.column_stride, "1 where there is a factor");
+    }
+    status = CheckAddress(call, i, "factor", matrix.factor, 16);
+    if (status == FXFUSE_OK) {
+      status = CheckLimit(call, "plane_stride beside a factor", matrix.plane_stride,
+                          FXFUSE_MAX_FACTOR_COLUMNS);
+    }
+  }
   return status;
 }
 
@@ -73,6 +83,7 @@ SplitMatrix Describe(const fxfuse_split& matrix) {
   described.plane = static_cast<uint16_t*>(matrix.plane);
   described.root = matrix.root;
   described.special = matrix.special;
+  described.factor = matrix.factor;
   described.stride = AdjacentColumns(matrix) ? matrix.row_stride : matrix.column_stride;
   described.rows = static_cast<int32_t>(matrix.rows);
   described.k = static_cast<int32_t>(matrix.k);

@@ -16,8 +16,9 @@ struct SplitMatrix {
   const float* source;
   uint16_t* plane;
   float* root;
-  int32_t* special;  // or null
-  int64_t stride;    // of source, in elements: between rows, or between columns (SplitColumns)
+  int32_t* special;     // or null
+  const float* factor;  // or null
+  int64_t stride;       // of source, in elements: between rows, or between columns (SplitColumns)
   int32_t rows;
   int32_t k;
   int32_t plane_stride;

@@ -140,6 +140,29 @@ class RowPiece {
     }
   }
 
+  // Multiplies columns by the squares of the factors there: twice by each, for a square may be no
+  // fp32 number. Sets `special` where a factor is negative.
+  __device__ __forceinline__ void Scale(const float* factors, int first, int step, int valid,
+                                        bool* special) {
+    uint32_t signs = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int column = first + g * step;
+      float factor[kWidth];
+      if (column + kWidth <= valid) {
+        LoadAll(factors + column, factor);
+      } else {
+        LoadSome(factors + column, valid - column, factor);
+      }
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        values_[g][i] = __fmul_rn(__fmul_rn(values_[g][i], factor[i]), factor[i]);
+        signs |= __float_as_uint(factor[i]);
+      }
+    }
+    if ((signs & kSign) != 0) *special = true;
+  }
+
   __device__ __forceinline__ uint32_t Largest(bool* special) const {
     uint32_t largest = 0;
 #pragma unroll
@@ -179,7 +202,8 @@ __device__ __forceinline__ void ReduceLanes(int width, uint32_t* largest, uint32
   }
 }
 
-// A row per 2^log2_lanes threads. kWhole: the threads hold all of it; else they read it twice.
+// A row per 2^log2_lanes threads. kWhole: the threads hold all of it; else they read it twice, and
+// take no factor.
 template <int kThreads, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
     SplitRows(const __grid_constant__ SplitArguments arguments) {
@@ -204,6 +228,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
   uint32_t largest = 0;
   if constexpr (kWhole) {
     piece.Load(source, first, step, valid);
+    if (matrix.factor != nullptr) piece.Scale(matrix.factor, first, step, valid, &odd);
     largest = piece.Largest(&odd);
   } else {
     for (int column = first; column < valid; column += stride) {
@@ -228,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
   if (!inside) return;
   const int half = HalfExponent(largest);
   if (lane == 0) {
-    matrix.root[row] = PowerOfTwo(half);
+    matrix.root[row] = copysignf(PowerOfTwo(half), special ? -1.0f : 1.0f);
     if (matrix.special != nullptr) matrix.special[row] = static_cast<int32_t>(special);
   }
   if constexpr (kWhole) {
@@ -389,6 +414,8 @@ SplitRowsKernel DescribeRows(const char* name) {
 }
 
 }  // namespace
+
+static_assert(FXFUSE_MAX_FACTOR_COLUMNS <= 1024 * kSplitElements, "a kernel that takes factors");
 
 const SplitRowsKernel& SplitRowsKernelAt(int i) {
   static const SplitRowsKernel kernels[kSplitRowsKernels] = {

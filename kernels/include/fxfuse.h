@@ -34,6 +34,7 @@ extern "C" {
 #define FXFUSE_MAX_SLOTS 6
 #define FXFUSE_MAX_GROUP_WIDTH 1024  // columns of a group that an op adds up
 #define FXFUSE_MAX_SPLITS 2
+#define FXFUSE_MAX_FACTOR_COLUMNS 32768
 #define FXFUSE_PLANE_ROWS 32  // rows of a plane are allocated in multiples of it
 
 typedef enum {
@@ -144,11 +145,12 @@ typedef enum {
 // fp32 by FXFUSE_ROUTE_SKINNY. With b_transposed B is [K, N] with adjacent N, and ldb the stride of
 // a row of that. With planes A and B are that many F16 planes each, as fxfuse_cuda_split leaves
 // them, and element (m, n) of their product is multiplied by (root_a[m] * root_b[n])^2 before the
-// bias is added. Of one plane, which only FXFUSE_ROUTE_HOPPER takes, the product is hi * hi^T. Of
-// two it is hi * hi^T + hi * lo^T + lo * hi^T, added up in fp32 at least every 64 of K, but hi *
-// hi^T alone where row m of A or row n of B is special.
-// Without has_gemm: A is the accumulator matrix [M, N] of input_dtype with row stride lda, K and B
-// unused.
+// bias is added; with b_transposed, which only FXFUSE_ROUTE_HOPPER takes of planes, by root_a[m]^2,
+// for the scales of B's rows are folded into A (see `factor` below). Of one plane, which only
+// FXFUSE_ROUTE_HOPPER takes, the product is hi * hi^T. Of two it is hi * hi^T + hi * lo^T + lo *
+// hi^T, added up in fp32 at least every 64 of K, but hi * hi^T alone where row m of A or row n of B
+// is special; with b_transposed root_b and special_b are not read. Without has_gemm: A is the
+// accumulator matrix [M, N] of input_dtype with row stride lda, K and B unused.
 typedef struct {
   int64_t m, n, k;
   int64_t lda, ldb;
@@ -226,10 +228,10 @@ FXFUSE_API fxfuse_status fxfuse_cuda_partials(const fxfuse_problem* problem, int
                                               int64_t* q);
 
 // An fp32 matrix S [rows, k] and where its fp16 planes go. Element (r, c) of S is
-//   source[r * row_stride + c * column_stride]
+//   source[r * row_stride + c * column_stride] * factor[c]^2
 // with strides in elements, one of them 1. With m the largest finite magnitude of row r and e the
 // even number for which m * 2^-e is in [2^13, 2^15) (0 for a row of zeros):
-//   root[r]     = 2^(e/2)
+//   root[r]     = 2^(e/2), negative where row r is special and column_stride is 1
 //   hi[r, c]    = fp16(S[r, c] * 2^-e), but the smallest fp16 number of its sign for an element
 //                 other than 0 that would become 0
 //   lo[r, c]    = fp16(S[r, c] * 2^-e - hi[r, c]), 0 where S[r, c] is not finite; with planes = 2
@@ -249,6 +251,10 @@ typedef struct {
   void* plane;
   float* root;       // [rows], at a multiple of 16 bytes
   int32_t* special;  // [rows], or null
+  // Null, or the root [k] of a matrix [k, N] that this one is to be multiplied by, at a multiple of
+  // 16 bytes: where it is negative, all rows of this one are special. It wants column_stride 1 and
+  // rows of up to FXFUSE_MAX_FACTOR_COLUMNS.
+  const float* factor;
 } fxfuse_split;
 
 // Enqueues the splitting of 1 to FXFUSE_MAX_SPLITS matrices on `stream` (a cudaStream_t) of the
