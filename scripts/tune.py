@@ -29,7 +29,8 @@ from fxfuse.library import Gemm, Pointers
 from fxfuse.program import parse
 from fxfuse.split import Planes, plane_stride, split
 
-TILES = {1: (256, 128, 64), 2: (128, 64)}  # by planes of a matrix
+IN_TURNS = 1024  # added to the columns of a tile that warpgroups take in turns
+TILES = {1: (256, 128, 64, IN_TURNS + 128), 2: (128, 64)}  # by planes of a matrix
 SPLITS = (1, 2, 4, 8)
 ROWS = (1, 16, 64, 128, 200, 256, 512, 1024, 2048, 4096)
 WEIGHTS = (
@@ -99,11 +100,11 @@ def addresses(i: int, planes: Planes) -> list[tuple[int, int]]:
 
 
 def features(line: dict[str, Any], processors: int) -> tuple[int, int]:
-    """How often a line pays for a stage, and for a tile."""
-    tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / line["tile"])
+    """How often a line pays for a stage, and for a tile: in turns, for the last one alone."""
+    tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / (line["tile"] % IN_TURNS))
     turns = math.ceil(tiles / (processors // line["split"]))
     stages = math.ceil(math.ceil(line["k"] / 64) / line["split"])
-    return turns * stages, turns
+    return turns * stages, 1 if line["tile"] > IN_TURNS else turns
 
 
 def key(line: dict[str, Any]) -> tuple[int, int, int]:

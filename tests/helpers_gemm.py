@@ -22,7 +22,8 @@ from fxfuse.library import (
 from fxfuse.program import parse
 from fxfuse.split import Planes, plane_stride, split, split_against
 
-TILES = (256, 128, 64)
+IN_TURNS = 1024 + 128  # the tile that warpgroups take in turns, of chains alone
+TILES = (256, 128, 64, IN_TURNS)
 SKINNY_TILES = (256, 128, 64, 32, 16)
 SPLITS = (1, 2, 4, 8)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from helpers_gemm import SKINNY_TILES, SPLITS, TILES, run_tile
+from helpers_gemm import IN_TURNS, SKINNY_TILES, SPLITS, TILES, run_tile
 
 from fxfuse import library, recipes
 from fxfuse.errors import LibraryError
@@ -98,6 +98,18 @@ def hopper_cases() -> Iterator[tuple[str, bool]]:
             if found is not None:
                 name = f"hopper {dtype} {m}x{n}x{k} turned {turned} {tile}/{split_by}"
                 yield name, close(found[0], truths[program], dtype)
+
+
+def turns_cases() -> Iterator[tuple[str, bool]]:
+    """Blocks whose warpgroups take tiles in turns."""
+    m, n, k = 300, 9000, 72
+    for dtype in DTYPES[1:]:
+        x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)
+        a, b = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+        acc = F.linear(x.double(), weight.double(), bias.double())
+        found = run_tile(x, weight, bias, [a, b], CHAIN, IN_TURNS, 1)
+        right = found is not None and close(found[0], chain(acc, a.double(), b.double()), dtype)
+        yield f"hopper in turns {dtype} {m}x{n}x{k}", right
 
 
 def planes_cases(route: str) -> Iterator[tuple[str, bool]]:
@@ -250,7 +262,7 @@ def main() -> int:
     cases = [gemm_cases(), skinny_cases(), pointwise_cases(), sums_cases(), norm_cases()]
     cases += [split_cases(), planes_cases("portable")]
     if torch.cuda.get_device_capability() == (9, 0):
-        cases += [hopper_cases(), planes_cases("hopper")]
+        cases += [hopper_cases(), turns_cases(), planes_cases("hopper")]
     for name, right in itertools.chain(*cases):
         passed += right
         if not right:

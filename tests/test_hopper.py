@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_gemm import FAMILIES, SPLITS, TILES, error, hopper, randn, row_errors, run_tile
+from helpers_gemm import (
+    FAMILIES,
+    IN_TURNS,
+    SPLITS,
+    TILES,
+    error,
+    hopper,
+    randn,
+    row_errors,
+    run_tile,
+)
 from torch import nn
 
 import fxfuse
@@ -111,9 +121,43 @@ def test_every_tile_and_division(size, transposed, dtype):
             assert error(outputs[0], F.silu(acc) * full.double()) < 8e-3, (tile, split)
             assert error(outputs[1], acc) <= 1.05 * error(acc.to(dtype), acc) + 1e-5
             outputs = run_tile(x, stored, bias, [row, full], WIDE, tile, split, transposed)
+            if tile == IN_TURNS:
+                assert outputs is None
+                continue
             assert error(outputs[0], wide) < 8e-3, (tile, split)
             assert error(outputs[1], gelu) <= 1.05 * error(gelu.to(dtype), gelu) + 1e-5
-    assert served >= 3
+    assert served >= 4
+
+
+# Two tiles a block and more, at edges too; with fewer stages than the ring has, and more.
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [(300, 9000, 64), (1100, 5000, 392), (4000, 4104, 1032)], ids=str)
+def test_tiles_in_turns_are_to_the_bit_those_of_both_warpgroups(size, dtype, transposed):
+    m, n, k = size
+    x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)
+    row, full = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+    stored = weight.t().contiguous() if transposed else weight
+    for program in (CHAIN, KEEPS):
+        runs = [
+            run_tile(x, stored, bias, [row, full], program, tile, 1, transposed)
+            for tile in (128, IN_TURNS, IN_TURNS)
+        ]
+        for outputs in zip(*runs, strict=True):
+            assert torch.equal(outputs[0], outputs[1])
+            assert torch.equal(outputs[1], outputs[2])
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(300, 9000, 64), (1100, 5000, 392)], ids=str)
+def test_planes_in_turns_are_to_the_bit_those_of_both_warpgroups(size):
+    m, n, k = size
+    x, weight = randn(m, k), randn(n, k)
+    runs = [run_tile(x, weight, None, [], "store acc", t, 1, planes=1) for t in (128, IN_TURNS)]
+    assert torch.equal(runs[0][0], runs[1][0])
 
 
 @hopper

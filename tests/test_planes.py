@@ -321,7 +321,7 @@ def test_a_backward_s_weight_is_split_along_its_rows(size, precision, monkeypatc
     assert len(split_by_rows) == 1
     truth = x.double() @ weight.double()
     torch.set_float32_matmul_precision("highest")
-    limit = error(x @ weight, truth) if precision == "highest" else 4e-4
+    limit = error(x @ weight, truth) + 6e-8 if precision == "highest" else 4e-4
     assert error(found, truth) <= limit
 
 

@@ -94,7 +94,11 @@ class Chain {
           if constexpr (kFullOperands) Combine<Opcode::mul, true>(step, v);
           continue;
         case ChainCode::store:
-          Store(output, output_stride, v);
+          if constexpr (kDtype == FXFUSE_F32) {
+            StoreWide(output, output_stride, v);
+          } else {
+            Store(output, output_stride, v);
+          }
           if (++stores == program_.chain_stores) return;
           output = program_.output[program_.chain_output[stores]].data;
           output_stride = program_.output[program_.chain_output[stores]].row_stride;
@@ -280,7 +284,7 @@ class Chain {
       if (row >= rows_) return;
       char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
       const int left = ColumnsLeft();
-      if (kDtype == FXFUSE_F32 || adjacent_) {
+      if (adjacent_) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           float eight[kWidth];
@@ -297,6 +301,40 @@ class Chain {
                                 v[AccumulatorIndex(i / 4, h, w + 1)]};
           if (i * kWidth >= left) continue;
           StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
+        }
+      }
+    }
+  }
+
+  // Of 32 bits a lane's eight columns are two stores, each of half a sector of 32 bytes. So lanes
+  // side by side exchange halves: together they store all eight columns of one, then of the other.
+  __device__ __forceinline__ void StoreWide(void* output, int64_t output_stride,
+                                            const Values& v) const {
+    const bool odd = threadIdx.x % 2 != 0;
+    const int first_column = Column(0, 0) - (odd ? kWidth : 0);  // of the pair
+    const int column = first_column + (odd ? kWidth / 2 : 0);
+    int left = columns_ - first_column;
+    asm volatile("" : "+r"(left));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = row_ + 8 * h;
+      char* const to = static_cast<char*>(output) + (row * output_stride + column) * kBytes;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float first[kWidth / 2], second[kWidth / 2];
+#pragma unroll
+        for (int w = 0; w < kWidth / 2; ++w) {
+          const float low = v[AccumulatorIndex(b, h, w)];
+          const float high = v[AccumulatorIndex(b, h, w + kWidth / 2)];
+          const float received = __shfl_xor_sync(~0u, odd ? low : high, 1);
+          first[w] = odd ? received : low;
+          second[w] = odd ? high : received;
+        }
+        if (row >= rows_ || b * kBlockStep >= left) continue;
+        char* const block = to + b * kBlockStep * kBytes;
+        StoreVector<kWidth / 2>(block, kDtype, 0, first);
+        if (b * kBlockStep + kWidth < left) {
+          StoreVector<kWidth / 2>(block + kWidth * kBytes, kDtype, 0, second);
         }
       }
     }

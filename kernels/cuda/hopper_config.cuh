@@ -13,13 +13,17 @@ namespace fxfuse {
 constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
 
 template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_,
-          bool kFullOperands_ = true>
+          bool kFullOperands_ = true, bool kPingPong_ = false>
 struct HopperConfig {
   using Math = Math_;
   static constexpr int kChainDtype = kChainDtype_;       // serves chains of it alone; or kNoChain
   static constexpr bool kFullOperands = kFullOperands_;  // of chains: may have rows of their own
   static constexpr int kPlanes = kPlanes_;  // of each matrix: 1, or 2 for three products
   static constexpr int kM = 128, kN = kN_, kStages = kStages_;
+  // Each warpgroup takes whole tiles, in turns, and its epilogue runs under the other's mainloop.
+  // Else both take 64 rows of every tile.
+  static constexpr bool kPingPong = kPingPong_;
+  static constexpr int kReaders = kPingPong ? 1 : 2;  // warpgroups that read a stage
 
   static constexpr int kStageK = kRowBytes / 2;  // elements of K in a stage
   // A stage holds the planes of A and then those of B.
@@ -27,7 +31,7 @@ struct HopperConfig {
   static constexpr int kStageBytes = kPlanes * (kBytesA + kBytesB);
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSteps = kStageK / 16;
-  static constexpr int kSharedBytes = 1024 + kRingBytes + 16 * kStages;
+  static constexpr int kSharedBytes = 1024 + kRingBytes + 16 * (kStages + (kPingPong ? 1 : 0));
 
   // Interpreter takes the accumulators 64 columns at a time.
   static constexpr int kPartColumns = 64;
@@ -35,7 +39,9 @@ struct HopperConfig {
   using Fragment = RowFragment<8, 2, 2, 32>;
 
   static_assert(kN == 64 || kN == 128 || kN == 256, "there is a wgmma for it");
-  static_assert(kPlanes == 1 || kN <= 128, "two sets of accumulators fit the registers");
+  static_assert((kPlanes == 1 && !kPingPong) || kN <= 128,
+                "two sets of accumulators fit the registers");
+  static_assert(!kPingPong || (kPlanes == 1 && kChainDtype != kNoChain), "as ConsumeInTurns wants");
   static_assert(kSharedBytes <= 227 * 1024, "what a block may have on sm_90");
   static_assert((kMaxSplit - 1) * kM * kN * 4 / kMaxSplit <= kRingBytes,
                 "the ring holds what other blocks of a cluster send");
@@ -53,9 +59,15 @@ struct Barriers {
   uint32_t base;
   // Stage s has been filled.
   __device__ __forceinline__ uint32_t Full(int s) const { return base + 8 * s; }
-  // Stage s has been read by both warpgroups.
+  // Stage s has been read by all its readers.
   __device__ __forceinline__ uint32_t Empty(int s) const {
     return base + 8 * (Config::kStages + s);
+  }
+  // It is the turn of a warpgroup: the other has asked for all of its tile's multiply-adds. A
+  // barrier of a stage tells passes through the ring apart by their parity alone, so nobody may
+  // wait for a pass beyond the next.
+  __device__ __forceinline__ uint32_t Turn(int group) const {
+    return base + 8 * (2 * Config::kStages + group);
   }
 };
 
@@ -69,6 +81,11 @@ struct RingPosition {
       slot = 0;
       parity ^= 1;
     }
+  }
+  __device__ __forceinline__ void Skip(int stages) {
+    const int to = slot + stages;
+    parity ^= to / Config::kStages & 1;
+    slot = to % Config::kStages;
   }
 };
 

@@ -5,12 +5,13 @@
 namespace fxfuse {
 
 HopperKernels HopperFastChain() {
-  return InstantiateHopper<DeviceFastMath, FXFUSE_BF16>(
-      {{"hopper_128x256_fast_chain", "hopper_128x128_fast_chain", "hopper_128x64_fast_chain"}});
+  return InstantiateHopperChain<DeviceFastMath, FXFUSE_BF16>(
+      {{"hopper_128x256_fast_chain", "hopper_128x128_fast_chain", "hopper_128x64_fast_chain",
+        "hopper_128x128_fast_chain_in_turns"}});
 }
 
 HopperKernels HopperFast() {
-  return InstantiateHopper<DeviceFastMath, kNoChain>(
+  return InstantiateHopper<DeviceFastMath>(
       {{"hopper_128x256_fast", "hopper_128x128_fast", "hopper_128x64_fast"}});
 }
 

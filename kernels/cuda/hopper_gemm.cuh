@@ -7,11 +7,11 @@
 // epilogue. Where there are fewer tiles than SMs, the blocks of a cluster divide K among them, and
 // each adds up and finishes some rows of the tile; sums are taken in the order of the blocks.
 //
-// Why not one tile for each warpgroup, in turns, which would hide the epilogue: two tiles of
-// 128 x 256 have no room in registers, and tiles of 128 x 128 move a fifth more through shared
-// memory and a third more out of the L2. An H200 at its power limit pays for that with its clock:
-// with such a schedule add and relu after 1024 x 8192 -> 8192 in bf16 took 273k cycles for 277k,
-// but 0.190 ms for 0.180.
+// Where K is short warpgroups take turns with whole tiles (ping-pong), which hides the epilogue.
+// Why not always: two tiles of 128 x 256 have no room in registers, and tiles of 128 x 128 move a
+// fifth more through shared memory and a third more out of the L2. An H200 at its power limit pays
+// for that with its clock: with such a schedule add and relu after 1024 x 8192 -> 8192 in bf16 took
+// 273k cycles for 277k, but 0.190 ms for 0.180.
 //
 // The epilogue works on the accumulators where they are. The tensor cores leave a lane two adjacent
 // columns of every eight; rows of B are brought in an order that makes those eight adjacent columns
@@ -104,6 +104,60 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
   }
 }
 
+// The same where each warpgroup has every other tile of the block's, of which the ring brings one
+// after the other.
+template <class Config>
+__device__ __forceinline__ void ConsumeInTurns(const HopperArguments& arguments, uint32_t ring,
+                                               const Barriers<Config>& barriers,
+                                               const BlockWork& work) {
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+  const int warp_row = threadIdx.x / 32 % 4 * 16;
+  const int rows = static_cast<int>(arguments.program.rows);
+  ChainOf<Config> chain(arguments.program);
+  const bool adjacent = Interleaved(arguments);
+  RingPosition<Config> at;
+  if (group == 1) at.Skip(work.stages);
+  int round = group;
+  uint32_t parity = group == 0 ? 1 : 0;  // the first warpgroup's first turn is at once
+  TileOrigin next = FindTile<Config>(arguments, round);
+  await_turn();
+  for (; next.row >= 0; parity ^= 1) {
+    const TileOrigin origin = next;
+    round += 2;
+    const auto meanwhile = [&] {
+      PrefetchOperands<Config>(arguments, origin.row + warp_row, origin.column);
+      PrefetchOperands<Config>(arguments, origin.row + 64 + warp_row, origin.column);
+      next = FindTile<Config>(arguments, round);
+    };
+    const auto asked = [&] {
+      if (threadIdx.x % 128 == 0) barrier_arrive(barriers.Turn(1 - group));
+    };
+    Accumulator<Config> half[2];
+    barrier_wait(barriers.Turn(group), parity);
+#define FXFUSE_MULTIPLY(Input, major) \
+  MultiplyTall<Config, Input, Major::major>(ring, barriers, work.stages, half, at, meanwhile, asked)
+    if (arguments.layout_b == LayoutB::kColumns) {
+      arguments.half ? FXFUSE_MULTIPLY(__half, kMN) : FXFUSE_MULTIPLY(__nv_bfloat16, kMN);
+    } else {
+      arguments.half ? FXFUSE_MULTIPLY(__half, kK) : FXFUSE_MULTIPLY(__nv_bfloat16, kK);
+    }
+#undef FXFUSE_MULTIPLY
+    at.Skip(work.stages);
+
+    // One copy of the chain's code serves both halves.
+#pragma unroll 1
+    for (int row = origin.row + warp_row, i = 0; i < 2; ++i, row += 64) {
+      if (row >= rows) break;
+      if (arguments.root_a != nullptr) {
+        UndoScaling<Config>(arguments, half[0], row, origin.column);
+      }
+      chain.Run(row, origin.column, adjacent, half[0]);
+#pragma unroll
+      for (int v = 0; v < Config::kN / 2; ++v) half[0][v] = half[1][v];
+    }
+  }
+}
+
 template <class Config>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     HopperGemm(const __grid_constant__ HopperArguments arguments) {
@@ -120,7 +174,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     prefetch_tensor_map(whole_b ? &arguments.b : &arguments.b_edge);
     for (int s = 0; s < Config::kStages; ++s) {
       barrier_init(barriers.Full(s), 1);
-      barrier_init(barriers.Empty(s), 2);
+      barrier_init(barriers.Empty(s), Config::kReaders);
+    }
+    for (int group = 0; Config::kPingPong && group < 2; ++group) {
+      barrier_init(barriers.Turn(group), 1);
     }
     barrier_init_fence();
   }
@@ -135,7 +192,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (warp == 1 && needed) Produce(arguments, ring, barriers, work, true);
   } else {
     take_registers<232>();
-    Consume(arguments, ring, barriers, work);
+    if constexpr (Config::kPingPong) {
+      ConsumeInTurns(arguments, ring, barriers, work);
+    } else {
+      Consume(arguments, ring, barriers, work);
+    }
   }
 #else
   __trap();  // the host chooses this kernel on sm_90 alone
@@ -152,6 +213,7 @@ HopperKernel DescribeHopper(const char* name) {
           Config::kN,
           Config::kChainDtype,
           Config::kFullOperands,
+          Config::kPingPong,
           Config::kSharedBytes};
 }
 

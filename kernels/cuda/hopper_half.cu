@@ -5,8 +5,9 @@
 namespace fxfuse {
 
 HopperKernels HopperHalfChain() {
-  return InstantiateHopper<DeviceHalfMath, FXFUSE_F16>(
-      {{"hopper_128x256_half_chain", "hopper_128x128_half_chain", "hopper_128x64_half_chain"}});
+  return InstantiateHopperChain<DeviceHalfMath, FXFUSE_F16>(
+      {{"hopper_128x256_half_chain", "hopper_128x128_half_chain", "hopper_128x64_half_chain",
+        "hopper_128x128_half_chain_in_turns"}});
 }
 
 // Without steps for operands [M, N] nothing is spilled to local memory, where it waits behind
@@ -19,7 +20,7 @@ HopperKernels HopperHalfRows() {
 }
 
 HopperKernels HopperHalf() {
-  return InstantiateHopper<DeviceHalfMath, kNoChain>(
+  return InstantiateHopper<DeviceHalfMath>(
       {{"hopper_128x256_half", "hopper_128x128_half", "hopper_128x64_half"}});
 }
 

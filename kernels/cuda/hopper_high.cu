@@ -5,8 +5,9 @@
 namespace fxfuse {
 
 HopperKernels HopperHighChain() {
-  return InstantiateHopper<DeviceHalfMath, FXFUSE_F32>(
-      {{"hopper_128x256_high_chain", "hopper_128x128_high_chain", "hopper_128x64_high_chain"}});
+  return InstantiateHopperChain<DeviceHalfMath, FXFUSE_F32>(
+      {{"hopper_128x256_high_chain", "hopper_128x128_high_chain", "hopper_128x64_high_chain",
+        "hopper_128x128_high_chain_in_turns"}});
 }
 
 }  // namespace fxfuse

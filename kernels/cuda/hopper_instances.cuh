@@ -8,18 +8,30 @@
 
 namespace fxfuse {
 
-// Names of the kernels with tiles of 256, 128 and 64 columns.
+// Names of the kernels with tiles of 256, 128 and 64 columns and, for chains, of 128 in turns.
 struct HopperNames {
-  const char* tile[3];
+  const char* tile[4];
 };
 
-// For chains of one dtype or, with kNoChain, for any program.
-template <class Math, int kChainDtype>
+// For any program.
+template <class Math>
 HopperKernels InstantiateHopper(const HopperNames& names) {
+  static const HopperKernel kernels[] = {
+      DescribeHopper<HopperConfig<Math, kNoChain, 1, 256, 4>>(names.tile[0]),
+      DescribeHopper<HopperConfig<Math, kNoChain, 1, 128, 7>>(names.tile[1]),
+      DescribeHopper<HopperConfig<Math, kNoChain, 1, 64, 9>>(names.tile[2]),
+  };
+  return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
+}
+
+// For chains of one dtype.
+template <class Math, int kChainDtype>
+HopperKernels InstantiateHopperChain(const HopperNames& names) {
   static const HopperKernel kernels[] = {
       DescribeHopper<HopperConfig<Math, kChainDtype, 1, 256, 4>>(names.tile[0]),
       DescribeHopper<HopperConfig<Math, kChainDtype, 1, 128, 7>>(names.tile[1]),
       DescribeHopper<HopperConfig<Math, kChainDtype, 1, 64, 9>>(names.tile[2]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 1, 128, 7, true, true>>(names.tile[3]),
   };
   return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
 }

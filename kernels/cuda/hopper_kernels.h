@@ -48,6 +48,7 @@ struct HopperKernel {
   int16_t tile_m, tile_n;
   int8_t chain_dtype;  // serves chains of it alone (see FindChain), faster; or kNoChain: anything
   bool full_operands;  // serves chains with operands [M, N]
+  bool ping_pong;      // warpgroups take whole tiles in turns; K is not divided
   int32_t shared_bytes;
 };
 

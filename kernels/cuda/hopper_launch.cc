@@ -142,11 +142,15 @@ fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, i
   return status;
 }
 
+// A kernel's tile as fxfuse_problem.tile and the table below have it: its columns, and 1024 more of
+// tiles that warpgroups take in turns.
+int TileNumber(const HopperKernel& kernel) { return kernel.tile_n + (kernel.ping_pong ? 1024 : 0); }
+
 // What a tile of 128 rows costs, in nanoseconds, where `split` blocks divide K: for each stage of
-// 64 along K, and once for all else.
+// 64 along K, and once for all else; of tiles in turns, once for all of a block's.
 struct TileCost {
   int16_t planes;
-  int16_t tile_n;
+  int16_t tile;
   int16_t split;
   double stage;
   double once;
@@ -159,19 +163,20 @@ constexpr TileCost kTileCosts[] = {
 double Cost(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
             const DeviceLimits& device) {
   const TileCost* cost = kTileCosts;
-  while (cost->planes != kernel.planes || cost->tile_n != kernel.tile_n || cost->split != split) {
-    ++cost;
-  }
+  const int tile = TileNumber(kernel);
+  while (cost->planes != kernel.planes || cost->tile != tile || cost->split != split) ++cost;
   const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), split);
   const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
   const int64_t turns = CeilDivide(tiles, device.hopper_clusters[split]);
-  return turns * (stages * cost->stage + cost->once);
+  return turns * stages * cost->stage + (kernel.ping_pong ? 1 : turns) * cost->once;
 }
 
-// Whether K may be divided: every block gets a stage, and no SM a second tile.
+// Whether K may be divided: every block gets a stage, and no SM a second tile. For tiles in turns,
+// whether there are turns to take.
 bool CanDivide(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
                const DeviceLimits& device) {
   const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
+  if (kernel.ping_pong) return split == 1 && (tiles > device.sm_count || problem.tile != 0);
   return split == 1 ||
          (CeilDivide(problem.k, 64) >= split && tiles <= device.hopper_clusters[split]);
 }
@@ -187,7 +192,7 @@ Division BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
   Division best;
   for (int split = 1; split <= kMaxSplit; split *= 2) {
     if (!CanDivide(kernel, split, problem, device)) break;
-    if (problem.tile != 0 && problem.tile != 16 * kernel.tile_n + split) continue;
+    if (problem.tile != 0 && problem.tile != 16 * TileNumber(kernel) + split) continue;
     const double cost = Cost(kernel, split, problem, device);
     if (cost < best.cost) best = {split, cost};
   }

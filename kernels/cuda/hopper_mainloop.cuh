@@ -24,7 +24,25 @@ __device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, 
   wgmma_commit();
 }
 
-// The same of two planes each, from zero. What is small comes first, so that less is truncated.
+// The same for all 128 rows of a tile, 64 in each of `half`.
+template <class Config, class Input, Major kMajorB>
+__device__ __forceinline__ void MultiplyStageTall(Accumulator<Config> (&half)[2], uint32_t stage,
+                                                  int accumulate) {
+  const uint64_t upper = describe<Major::kK>(stage);
+  const uint64_t lower = describe<Major::kK>(stage + 64 * kRowBytes);
+  const uint64_t b = describe<kMajorB>(stage + Config::kBytesA);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Config::kSteps; ++step) {
+    const uint64_t offset_a = step * kDescriptorStep<Major::kK>;
+    const uint64_t part_b = b + step * kDescriptorStep<kMajorB>;
+    Wgmma<Input, kMajorB>::Multiply(half[0], upper + offset_a, part_b, step > 0 || accumulate);
+    Wgmma<Input, kMajorB>::Multiply(half[1], lower + offset_a, part_b, step > 0 || accumulate);
+  }
+  wgmma_commit();
+}
+
+// Of two planes each, from zero. What is small comes first, so that less is truncated.
 template <class Config, Major kMajorB>
 __device__ __forceinline__ void MultiplyStagePlanes(Accumulator<Config>& part, uint32_t stage,
                                                     int group) {
@@ -75,6 +93,32 @@ __device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& 
     previous = at.slot;
     at.Advance();
   }
+  wgmma_wait<0>();
+  ReleaseStage(barriers, previous);
+}
+
+// By one warpgroup, of all 128 rows of a tile: 64 in each of `half`. `asked` is called when all
+// multiply-adds are queued.
+template <class Config, class Input, Major kMajorB, class Meanwhile, class Asked>
+__device__ __forceinline__ void MultiplyTall(uint32_t ring, const Barriers<Config>& barriers,
+                                             int stages, Accumulator<Config> (&half)[2],
+                                             RingPosition<Config>& at, const Meanwhile& meanwhile,
+                                             const Asked& asked) {
+  barrier_wait(barriers.Full(at.slot), at.parity);
+  MultiplyStageTall<Config, Input, kMajorB>(half, ring + at.slot * Config::kStageBytes, 0);
+  int previous = at.slot;
+  at.Advance();
+  meanwhile();
+#pragma unroll 1
+  for (int stage = 1; stage < stages; ++stage) {
+    barrier_wait(barriers.Full(at.slot), at.parity);
+    MultiplyStageTall<Config, Input, kMajorB>(half, ring + at.slot * Config::kStageBytes, 1);
+    wgmma_wait<1>();
+    ReleaseStage(barriers, previous);
+    previous = at.slot;
+    at.Advance();
+  }
+  asked();
   wgmma_wait<0>();
   ReleaseStage(barriers, previous);
 }

@@ -161,8 +161,8 @@ typedef struct {
   int32_t b_transposed;
   int32_t planes;  // 0: A and B are not planes
   int32_t route;   // fxfuse_route
-  // For measurements of the Hopper and skinny routes: 16 * the columns of a tile + the blocks that
-  // divide K; 0 has the library choose.
+  // For measurements of the Hopper and skinny routes: 16 * the columns of a tile (and 1024 more of
+  // a tile that warpgroups take in turns) + the blocks that divide K; 0 has the library choose.
   int32_t tile;
   fxfuse_program program;
 } fxfuse_problem;
