@@ -1,9 +1,9 @@
 """Time every route of a fused call, and the one the library takes, over a grid of shapes.
 
-Writes the JSON that `fxfuse.cuda.preferred_route` is made from, and prints how cuBLAS's bare GEMM
-compares with bias and GELU fused. Device time: calls are captured in a CUDA graph, rotated over
-operands larger than the L2 together, and replayed; the median of 12 replays is kept. Outputs of
-every route are compared with float64 on the first 64 rows.
+Writes the JSON that `fxfuse.preferences.preferred_route` is made from, and prints how cuBLAS's bare
+GEMM compares with bias and GELU fused. Device time: calls are captured in a CUDA graph, rotated
+over operands larger than the L2 together, and replayed; the median of 12 replays is kept. Outputs
+of every route are compared with float64 on the first 64 rows.
 
     python scripts/bench_routes.py [--json benchmarks/h200_routes.json]
 """

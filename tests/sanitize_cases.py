@@ -1,15 +1,17 @@
 """Small runs of every CUDA kernel, tile and route, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/sanitize_cases.py
+    compute-sanitizer --tool memcheck python tests/sanitize_cases.py [GROUP ...]
 
-Prints "N passed"; exits with 1 where a number is wrong, with 0 and a message without CUDA.
+Prints "N passed"; exits with 1 where a number is wrong, with 0 and a message without CUDA. With
+--list it prints the names of the groups alone.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -249,7 +251,29 @@ def split_cases() -> Iterator[tuple[str, bool]]:
             yield f"split {planes} planes {m}x{k} turned {turned}", right
 
 
-def main() -> int:
+# They may run side by side, each in a process of its own.
+GROUPS: dict[str, Callable[[], Iterator[tuple[str, bool]]]] = {
+    "gemm": gemm_cases,
+    "skinny": skinny_cases,
+    "pointwise": pointwise_cases,
+    "sums": sums_cases,
+    "norm": norm_cases,
+    "split": split_cases,
+    "planes": functools.partial(planes_cases, "portable"),
+    "hopper": hopper_cases,
+    "turns": turns_cases,
+    "hopper-planes": functools.partial(planes_cases, "hopper"),
+}
+ON_HOPPER = ("hopper", "turns", "hopper-planes")
+
+
+def main(names: list[str]) -> int:
+    if names == ["--list"]:
+        print(*GROUPS)
+        return 0
+    if unknown := set(names) - set(GROUPS):
+        print(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+        return 2
     if not torch.cuda.is_available():
         print("skipped: torch sees no CUDA device")
         return 0
@@ -259,11 +283,9 @@ def main() -> int:
         return 1
     torch.manual_seed(0)
     passed, wrong = 0, []
-    cases = [gemm_cases(), skinny_cases(), pointwise_cases(), sums_cases(), norm_cases()]
-    cases += [split_cases(), planes_cases("portable")]
-    if torch.cuda.get_device_capability() == (9, 0):
-        cases += [hopper_cases(), turns_cases(), planes_cases("hopper")]
-    for name, right in itertools.chain(*cases):
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    chosen = [n for n in names or GROUPS if hopper or n not in ON_HOPPER]
+    for name, right in itertools.chain.from_iterable(GROUPS[n]() for n in chosen):
         passed += right
         if not right:
             wrong.append(name)
@@ -275,4 +297,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -20,8 +20,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse import fused, recipes
-from fxfuse.cuda import preferred_route, prefers_planes, where_aligned
+from fxfuse.cuda import where_aligned
 from fxfuse.fused import forced_route, fused_linear
+from fxfuse.preferences import preferred_route, prefers_planes
 from fxfuse.routes import Recipe
 
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"

@@ -13,10 +13,10 @@ KERNELS = PACKAGE.parent / "kernels"
 
 # Each module may import those before it.
 ORDER = """
-ambient clone errors formulas frozen module ops proxies timing cli program traits verify __main__
-derivatives norms lower reference schedule simplify vjp spellings tracer capture library split
-patterns graphs layout transparent anchors infer groups routes cuda match keep recipes backward plan
-torch_ops autograd fused rewrite freeze report observe api
+ambient clone errors formulas frozen module ops preferences proxies timing cli program traits verify
+__main__ derivatives norms lower reference schedule simplify vjp spellings tracer capture library
+split patterns graphs layout transparent anchors infer groups routes cuda match keep recipes
+backward plan torch_ops autograd fused rewrite freeze report observe api
 """.split()  # noqa: SIM905
 # Imported where it is needed only: the CUDA routes register themselves with nobody.
 LATE = {("routes", "cuda")}

@@ -14,10 +14,11 @@ from torch import nn
 import fxfuse
 from fxfuse import cuda, library
 from fxfuse.autograd import product
-from fxfuse.cuda import cuda_recipe, prefers_planes
+from fxfuse.cuda import cuda_recipe
 from fxfuse.errors import LibraryError
 from fxfuse.fused import forced_route, fused_linear, routes_taken
 from fxfuse.infer import Call, infer
+from fxfuse.preferences import prefers_planes
 from fxfuse.program import parse
 
 pytestmark = pytest.mark.usefixtures("full_precision")

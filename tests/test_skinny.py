@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from helpers_gemm import SKINNY_TILES, SPLITS, randn, run_tile
 
 from fxfuse import cuda, fused, library
-from fxfuse.cuda import kernel_name, prefers_skinny
+from fxfuse.cuda import kernel_name
 from fxfuse.errors import KernelError, LibraryError
 from fxfuse.fused import forced_route, fused_linear
 from fxfuse.infer import Call, infer
+from fxfuse.preferences import prefers_skinny
 from fxfuse.program import parse
 
 pytestmark = pytest.mark.usefixtures("full_precision")
