@@ -10,6 +10,10 @@
 // of their arithmetic, in one step. Only two values live from step to step: `v` of the chain, and
 // the product `s` of the factors so far, which begins with dy.
 //
+// A mask (relu's, say) drops what is in the product so far: an infinite dy, as Interpreter does,
+// but where v is not finite also the NaN of a slope before it, which Interpreter would multiply its
+// zero by.
+//
 // Sums for parameters in the middle of a chain want products that end there, and so do the
 // gradients of norms. At such places the product is cut: parts after the one that begins with dy
 // begin with 1, are kept in slots on the way, and are multiplied in the end, in reverse order.
