@@ -53,11 +53,7 @@ def split(*matrices: torch.Tensor, planes: int) -> tuple[Planes, ...]:
     all are on one device. Nothing is differentiated. Raises InputError for anything else.
     """
     _check(matrices, planes)
-    if matrices[0].device.type == "cuda":
-        lib = library.find("fxfuse_cuda")
-        if not isinstance(lib, LibraryError):
-            return _split_cuda(lib, matrices, planes)
-    return tuple(split_reference(matrix, planes) for matrix in matrices)
+    return _split(matrices, planes)
 
 
 def split_against(matrix: torch.Tensor, other: Planes) -> Planes:
@@ -77,11 +73,7 @@ def split_against(matrix: torch.Tensor, other: Planes) -> Planes:
             f"{roots} roots, expected a column stride of 1 and as many columns, up to "
             f"{MAX_FACTOR_COLUMNS}"
         )
-    if matrix.device.type == "cuda":
-        lib = library.find("fxfuse_cuda")
-        if not isinstance(lib, LibraryError):
-            return _split_cuda(lib, (matrix,), planes, other)[0]
-    return split_reference(matrix, planes, other)
+    return _split((matrix,), planes, other)[0]
 
 
 def split_reference(matrix: torch.Tensor, planes: int, other: Planes | None = None) -> Planes:
@@ -157,11 +149,21 @@ def _check(matrices: tuple[torch.Tensor, ...], planes: int) -> None:
             )
 
 
+def _split(
+    matrices: tuple[torch.Tensor, ...], planes: int, other: Planes | None = None
+) -> tuple[Planes, ...]:
+    if matrices[0].device.type == "cuda":
+        lib = library.find("fxfuse_cuda")
+        if not isinstance(lib, LibraryError):
+            return _split_cuda(lib, matrices, planes, other)
+    return tuple(split_reference(matrix, planes, other) for matrix in matrices)
+
+
 def _split_cuda(
     lib: library.Library,
     matrices: tuple[torch.Tensor, ...],
     planes: int,
-    other: Planes | None = None,
+    other: Planes | None,
 ) -> tuple[Planes, ...]:
     outs = tuple(_empty(matrix, planes) for matrix in matrices)
     described = (SplitStruct * len(matrices))()

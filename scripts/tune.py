@@ -25,12 +25,11 @@ import torch
 from bench_routes import device_ms, operand_sets, write_table
 
 from fxfuse import library
-from fxfuse.library import Gemm, Pointers
+from fxfuse.library import TILE_IN_TURNS, Gemm, Pointers
 from fxfuse.program import parse
 from fxfuse.split import Planes, plane_stride, split
 
-IN_TURNS = 1024  # added to the columns of a tile that warpgroups take in turns
-TILES = {1: (256, 128, 64, IN_TURNS + 128), 2: (128, 64)}  # by planes of a matrix
+TILES = {1: (256, 128, 64, TILE_IN_TURNS + 128), 2: (128, 64)}  # by planes of a matrix
 SPLITS = (1, 2, 4, 8)
 ROWS = (1, 16, 64, 128, 200, 256, 512, 1024, 2048, 4096)
 WEIGHTS = (
@@ -101,10 +100,10 @@ def addresses(i: int, planes: Planes) -> list[tuple[int, int]]:
 
 def features(line: dict[str, Any], processors: int) -> tuple[int, int]:
     """How often a line pays for a stage, and for a tile: in turns, for the last one alone."""
-    tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / (line["tile"] % IN_TURNS))
+    tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / (line["tile"] % TILE_IN_TURNS))
     turns = math.ceil(tiles / (processors // line["split"]))
     stages = math.ceil(math.ceil(line["k"] / 64) / line["split"])
-    return turns * stages, 1 if line["tile"] > IN_TURNS else turns
+    return turns * stages, 1 if line["tile"] > TILE_IN_TURNS else turns
 
 
 def key(line: dict[str, Any]) -> tuple[int, int, int]:

@@ -16,13 +16,14 @@ from fxfuse.library import (
     POINTER_OUTPUT,
     POINTER_ROOTS,
     POINTER_SPECIAL,
+    TILE_IN_TURNS,
     Gemm,
     Pointers,
 )
 from fxfuse.program import parse
 from fxfuse.split import Planes, plane_stride, split, split_against
 
-IN_TURNS = 1024 + 128  # the tile that warpgroups take in turns, of chains alone
+IN_TURNS = TILE_IN_TURNS + 128  # of chains alone
 TILES = (256, 128, 64, IN_TURNS)
 SKINNY_TILES = (256, 128, 64, 32, 16)
 SPLITS = (1, 2, 4, 8)

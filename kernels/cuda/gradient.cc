@@ -20,6 +20,32 @@ struct Argument {
   bool IsOperand() const { return source == FXFUSE_FROM_OPERAND; }
 };
 
+// A derivative: the op whose it is, and the code of both, or of what comes in the end (normalize).
+struct Derivative {
+  Opcode op, of;
+  GradientCode code;
+  bool of_result;  // it takes the result of the op, not its argument
+  bool masks;  // leaves zeros whatever comes in, infinities included: it wants to meet dy itself
+};
+constexpr Derivative kDerivatives[] = {
+    {Opcode::threshold_grad, Opcode::relu, GradientCode::relu, false, true},
+    {Opcode::clamp_grad, Opcode::clamp, GradientCode::clamp, false, true},
+    {Opcode::hardtanh_grad, Opcode::clamp, GradientCode::hardtanh, false, true},
+    {Opcode::silu_grad, Opcode::silu, GradientCode::silu, false, false},
+    {Opcode::gelu_grad, Opcode::gelu, GradientCode::gelu, false, false},
+    {Opcode::gelu_tanh_grad, Opcode::gelu_tanh, GradientCode::gelu_tanh, false, false},
+    {Opcode::tanh_grad, Opcode::tanh, GradientCode::tanh, true, false},
+    {Opcode::sigmoid_grad, Opcode::sigmoid, GradientCode::sigmoid, true, false},
+    {Opcode::normalize_grad, Opcode::normalize, GradientCode::normalize_back, false, false},
+};
+
+const Derivative* FindDerivative(Opcode op) {
+  for (const Derivative& derivative : kDerivatives) {
+    if (derivative.op == op) return &derivative;
+  }
+  return nullptr;
+}
+
 // A step of the chain, from value j to value j + 1 of it.
 struct Link {
   Opcode op;
@@ -30,10 +56,12 @@ struct Link {
 
 // A factor of the product: a derivative at a value of the chain, or a constant or an operand.
 struct Factor {
-  Opcode op;
-  Argument other;  // of mul
+  const Derivative* derivative;  // or null
+  Argument other;                // where there is none
   float p0, p1;
   int at = kNone;  // the value of the chain that it is taken at, or that is the result there
+
+  bool OfNorm() const { return derivative != nullptr && derivative->of == Opcode::normalize; }
 };
 
 // Output `output` is the product up to so many factors, times a value of the chain.
@@ -42,37 +70,6 @@ struct Use {
   int times;  // a value of the chain; or kNone
   int output;
 };
-
-bool TakesResult(Opcode op) { return op == Opcode::tanh_grad || op == Opcode::sigmoid_grad; }
-
-// Factors that leave zeros whatever comes in, infinities included: they want to meet dy itself.
-bool IsMask(Opcode op) {
-  return op == Opcode::threshold_grad || op == Opcode::clamp_grad || op == Opcode::hardtanh_grad;
-}
-
-// The op whose derivative a factor is, and the code of both.
-bool FindPair(Opcode factor, Opcode* op, GradientCode* code) {
-  switch (factor) {
-    case Opcode::threshold_grad:
-      return *op = Opcode::relu, *code = GradientCode::relu, true;
-    case Opcode::clamp_grad:
-      return *op = Opcode::clamp, *code = GradientCode::clamp, true;
-    case Opcode::hardtanh_grad:
-      return *op = Opcode::clamp, *code = GradientCode::hardtanh, true;
-    case Opcode::silu_grad:
-      return *op = Opcode::silu, *code = GradientCode::silu, true;
-    case Opcode::gelu_grad:
-      return *op = Opcode::gelu, *code = GradientCode::gelu, true;
-    case Opcode::gelu_tanh_grad:
-      return *op = Opcode::gelu_tanh, *code = GradientCode::gelu_tanh, true;
-    case Opcode::tanh_grad:
-      return *op = Opcode::tanh, *code = GradientCode::tanh, true;
-    case Opcode::sigmoid_grad:
-      return *op = Opcode::sigmoid, *code = GradientCode::sigmoid, true;
-    default:
-      return false;
-  }
-}
 
 // The gradient of a chain as Read finds it in a program.
 class ChainGradient {
@@ -95,15 +92,13 @@ class ChainGradient {
   bool PairFactors();
   void CutParts();
 
-  DeviceStep& Add(GradientCode code, int index = 0, int result = 0, float p0 = 0, float p1 = 0) {
-    DeviceStep& step = steps_[step_count_++];
-    step = {static_cast<uint8_t>(code),
-            Second::kNone,
-            static_cast<uint8_t>(index),
-            static_cast<uint8_t>(result),
-            p0,
-            p1};
-    return step;
+  void Add(GradientCode code, int index = 0, int result = 0, float p0 = 0, float p1 = 0) {
+    steps_[step_count_++] = {static_cast<uint8_t>(code),
+                             Second::kNone,
+                             static_cast<uint8_t>(index),
+                             static_cast<uint8_t>(result),
+                             p0,
+                             p1};
   }
   void AddFactor(const Argument& other) {
     if (other.IsOperand()) {
@@ -239,9 +234,7 @@ bool ChainGradient::ReadLink(const fxfuse_instruction& instruction, const Argume
 // The product's next factor.
 bool ChainGradient::ReadFactor(const fxfuse_instruction& instruction, const Argument* arguments) {
   const Opcode op = static_cast<Opcode>(instruction.opcode);
-  Factor factor = {op, {}, instruction.immediate[0], instruction.immediate[1]};
-  Opcode of;
-  GradientCode code;
+  Factor factor = {FindDerivative(op), {}, instruction.immediate[0], instruction.immediate[1]};
   int from = 0;
   if (op == Opcode::mul) {
     // Of an operand and what is no value either it is the operand that is dy.
@@ -251,7 +244,7 @@ bool ChainGradient::ReadFactor(const fxfuse_instruction& instruction, const Argu
     if (FactorsOf(arguments[0]) != factors_) from = 1;
     factor.other = arguments[1 - from];
     if (factor.other.IsValue()) return false;
-  } else if (op == Opcode::normalize_grad || FindPair(op, &of, &code)) {
+  } else if (factor.derivative != nullptr) {
     if (incoming_ == kNone && arguments[0].IsOperand()) incoming_ = arguments[0].index;
     factor.at = ChainValue(arguments[1]);
     if (factor.at == kNone) return false;
@@ -281,7 +274,7 @@ bool ChainGradient::ReadUse(const fxfuse_instruction& instruction, int value,
 void ChainGradient::CutParts() {
   for (int i = 0; i < uses_; ++i) whole_[use_[i].factors] = true;
   for (int f = 0; f < factors_; ++f) {
-    if (factor_[f].op == Opcode::normalize_grad) whole_[f] = whole_[f + 1] = true;
+    if (factor_[f].OfNorm()) whole_[f] = whole_[f + 1] = true;
   }
   whole_[factors_] = true;
   int part = 0;
@@ -295,21 +288,19 @@ void ChainGradient::CutParts() {
 bool ChainGradient::PairFactors() {
   for (int f = 0; f < factors_; ++f) {
     const Factor& factor = factor_[f];
-    if (factor.at == kNone) continue;
-    if (IsMask(factor.op) && part_of_[f] != 0) return false;
-    Opcode op = Opcode::normalize;
-    GradientCode code;
-    if (factor.op != Opcode::normalize_grad && !FindPair(factor.op, &op, &code)) return false;
-    const int j = factor.at - (TakesResult(factor.op) ? 1 : 0);
+    if (factor.derivative == nullptr) continue;
+    const Derivative& derivative = *factor.derivative;
+    if (derivative.masks && part_of_[f] != 0) return false;
+    const int j = factor.at - (derivative.of_result ? 1 : 0);
     if (j == kNone) continue;  // of a result that is the accumulator
     if (j == links_) {
-      if (factor.op == Opcode::normalize_grad) return false;
+      if (factor.OfNorm()) return false;
       continue;
     }
     Link& link = link_[j];
-    const bool same =
-        op == Opcode::relu ? factor.p0 == 0.0f : factor.p0 == link.p0 && factor.p1 == link.p1;
-    if (link.op != op || link.factor != kNone || !same) return false;
+    const bool same = derivative.of == Opcode::relu ? factor.p0 == 0.0f
+                                                    : factor.p0 == link.p0 && factor.p1 == link.p1;
+    if (link.op != derivative.of || link.factor != kNone || !same) return false;
     link.factor = f;
   }
   return true;
@@ -324,13 +315,12 @@ bool ChainGradient::Enter(int part) {
   }
   open_ = part;
   if (part > 0) {
-    if (slot_of_part_[part] != kNone) return false;
     Add(GradientCode::begin);
     return true;
   }
   Add(GradientCode::operand, incoming_, static_cast<int>(OperandUse::begin));
   for (int f = 0; f < factors_; ++f) {
-    if (part_of_[f] == 0 && factor_[f].at == kNone) AddFactor(factor_[f].other);
+    if (part_of_[f] == 0 && factor_[f].derivative == nullptr) AddFactor(factor_[f].other);
   }
   return true;
 }
@@ -361,9 +351,9 @@ bool ChainGradient::WriteChain() {
     }
     // Derivatives whose function is not in the program: of the last value, and of a result.
     for (int f = factors_ - 1; f >= 0; --f) {
-      const bool at_end = factor_[f].at == j && j == links_ && !TakesResult(factor_[f].op);
-      const bool of_result = factor_[f].at == 0 && j == 0 && TakesResult(factor_[f].op);
-      if ((at_end || of_result) && !WriteDerivative(j, f)) return false;
+      if (factor_[f].derivative == nullptr || factor_[f].at != j) continue;
+      const bool alone = j == (factor_[f].derivative->of_result ? 0 : links_);
+      if (alone && !WriteDerivative(j, f)) return false;
     }
     if (j < links_ && !WriteLink(j)) return false;
   }
@@ -396,11 +386,10 @@ bool ChainGradient::WriteLink(int j) {
 bool ChainGradient::WriteDerivative(int j, int f) {
   const Factor& factor = factor_[f];
   if (!Enter(part_of_[f])) return false;
-  Opcode op;
-  GradientCode code;
-  if (!FindPair(factor.op, &op, &code)) return false;
-  if (TakesResult(factor.op) && factor.at == j) {
-    code = op == Opcode::tanh ? GradientCode::tanh_result : GradientCode::sigmoid_result;
+  const Derivative& derivative = *factor.derivative;
+  GradientCode code = derivative.code;
+  if (derivative.of_result && factor.at == j) {
+    code = derivative.of == Opcode::tanh ? GradientCode::tanh_result : GradientCode::sigmoid_result;
   }
   if (code == GradientCode::gelu && j > 0) {
     const Link& before = link_[j - 1];
@@ -419,9 +408,9 @@ void ChainGradient::WriteProducts() {
   for (int f = 0; f < factors_; ++f) {
     const Factor& factor = factor_[f];
     const int part = part_of_[f];
-    if (factor.op == Opcode::normalize_grad) {
+    if (factor.OfNorm()) {
       Add(GradientCode::normalize_back, slot_of_value_[factor.at + 1], slot_of_rstd_, factor.p0);
-    } else if (factor.at == kNone && part > 0) {
+    } else if (factor.derivative == nullptr && part > 0) {
       AddFactor(factor.other);
     }
     if (!whole_[f + 1]) continue;

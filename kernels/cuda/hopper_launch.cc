@@ -142,9 +142,10 @@ fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, i
   return status;
 }
 
-// A kernel's tile as fxfuse_problem.tile and the table below have it: its columns, and 1024 more of
-// tiles that warpgroups take in turns.
-int TileNumber(const HopperKernel& kernel) { return kernel.tile_n + (kernel.ping_pong ? 1024 : 0); }
+// A kernel's tile as fxfuse_problem.tile and the table below have it.
+int TileNumber(const HopperKernel& kernel) {
+  return kernel.tile_n + (kernel.ping_pong ? FXFUSE_TILE_IN_TURNS : 0);
+}
 
 // What a tile of 128 rows costs, in nanoseconds, where `split` blocks divide K: for each stage of
 // 64 along K, and once for all else; of tiles in turns, once for all of a block's.

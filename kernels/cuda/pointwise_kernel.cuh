@@ -182,9 +182,9 @@ struct PointwiseConfig {
   using Slots = SharedSlots<Value, Fragment::kSize>;
   static constexpr bool kPrefetch = kPrefetch_;
   // Three blocks leave 80 registers a thread: 16 fragment values twice over (argument and result),
-  // words of the next fragment where they are of 16 bits, and addresses. Gradients are long
-  // programs, whose time goes into instructions: of 16 bits they fetch nothing ahead, of 32 two
-  // blocks do.
+  // words of the next fragment where they are of 16 bits, and addresses. Sums are of long programs,
+  // whose time goes into instructions: of 16 bits they fetch nothing ahead, of 32 two blocks do.
+  // Gradients of chains, which hold two fragments from step to step, are two blocks that do.
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
 };
 

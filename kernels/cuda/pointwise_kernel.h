@@ -25,7 +25,7 @@ struct PointwiseArgumentsOf {
   uint16_t threads;        // of a block
   uint32_t column_blocks;  // blocks side by side in a row
   uint32_t row_blocks;     // blocks below each other
-  uint32_t strips;         // into which those below each other are divided; with sums only
+  uint32_t strips;         // into which those below each other are divided; not of kPlain
   Program program;
 };
 using PointwiseArguments = PointwiseArgumentsOf<DeviceProgram>;
