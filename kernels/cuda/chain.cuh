@@ -9,6 +9,7 @@
 #include "device_program.h"
 #include "memory.cuh"
 #include "pointwise.h"
+#include "ptx.cuh"
 
 namespace fxfuse {
 
@@ -18,14 +19,16 @@ __host__ __device__ constexpr int AccumulatorIndex(int block, int h, int w) {
   return 4 * (4 * block + w / 2) + 2 * h + w % 2;
 }
 
-// A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on. The lane has the
-// rows `row` and `row + 8`, and of each block eight columns: adjacent ones if `adjacent`, else two
-// of every eight (then nothing is of 32 bits). Operands and output are all of kDtype. Without
-// kFullOperands every operand is the same for all rows.
-template <class Math, int kDtype, int kBlocks, bool kFullOperands>
+// A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on, and of the
+// kParts
+// - 1 further such parts 64 rows below each other. The lane has the rows `row` and `row + 8` of a
+// part, and of each block eight columns: adjacent ones if `adjacent`, else two of every eight (then
+// nothing is of 32 bits). Operands and output are all of kDtype. Without kFullOperands every
+// operand is the same for all rows.
+template <class Math, int kDtype, int kBlocks, bool kFullOperands, int kParts = 1>
 class Chain {
  public:
-  static constexpr int kSize = 16 * kBlocks;
+  static constexpr int kSize = 16 * kBlocks * kParts;
   using Values = float[kSize];
 
   // Fetches what every chain needs, of which chain_count is not 0. To be called well ahead of Run:
@@ -114,13 +117,20 @@ class Chain {
            (adjacent_ ? 8 * quad + w : 8 * (w / 2) + 2 * quad + w % 2);
   }
 
+  // The accumulator of column `w` of the eight in a block, in row half `h` of a part.
+  static __host__ __device__ constexpr int Index(int part, int block, int h, int w) {
+    return part * 16 * kBlocks + AccumulatorIndex(block, h, w);
+  }
+  static constexpr int kPartRows = 64;
+
  private:
   static constexpr int kWidth = 8;
   static constexpr int kBlockStep = 32;
   static constexpr int kBytes = DtypeSize(kDtype);
   static constexpr int kWords = kWidth * kBytes / 4;  // of a vector
-  // Blocks whose vectors are fetched at a time, 32 registers of them.
-  static constexpr int kBatch = kBlocks * kWords > 32 ? 32 / kWords : kBlocks;
+  // Blocks whose vectors are fetched at a time, in so many registers.
+  static constexpr int kBatchWords = kParts > 1 ? 16 : 32;
+  static constexpr int kBatch = kBlocks * kWords > kBatchWords ? kBatchWords / kWords : kBlocks;
 
   // Element `w` of a packed vector.
   static __device__ __forceinline__ float Unpack(const uint32_t (&word)[kWords], int w) {
@@ -131,6 +141,13 @@ class Chain {
     }
     const float2 pair = UnpackBf16(word[w / 2]);
     return w % 2 ? pair.y : pair.x;
+  }
+
+  // Eight elements as a packed vector of 16 bits each.
+  static __device__ __forceinline__ void Pack(const float (&eight)[kWidth],
+                                              uint32_t (&word)[kWords]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = PackHalves(kDtype, eight[2 * i], eight[2 * i + 1]);
   }
 
   // How many columns there are from the lane's first on. The compiler is told nothing about the
@@ -208,7 +225,8 @@ class Chain {
     const int blocks = static_cast<int>(step.p0) / kBlockStep;
     const float each = __frcp_rn(step.p0);  // exact: a power of two
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int row = 0; row < 2 * kParts; ++row) {
+      const int part = row / 2, h = row % 2;
       float sum[kBlocks];
 #pragma unroll 1
       for (int pass = 0; pass < 2; ++pass) {
@@ -216,14 +234,14 @@ class Chain {
         for (int b = 0; b < kBlocks; ++b) {
           sum[b] = 0.0f;
 #pragma unroll
-          for (int w = 0; w < kWidth; ++w) sum[b] += v[AccumulatorIndex(b, h, w)];
+          for (int w = 0; w < kWidth; ++w) sum[b] += v[Index(part, b, h, w)];
         }
         AddUpGroups(blocks, sum);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           const float mean = sum[b] * each;
 #pragma unroll
-          for (int w = 0; w < kWidth; ++w) v[AccumulatorIndex(b, h, w)] -= mean;
+          for (int w = 0; w < kWidth; ++w) v[Index(part, b, h, w)] -= mean;
         }
       }
 #pragma unroll
@@ -231,7 +249,7 @@ class Chain {
         sum[b] = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) {
-          const float x = v[AccumulatorIndex(b, h, w)];
+          const float x = v[Index(part, b, h, w)];
           sum[b] = fmaf(x, x, sum[b]);
         }
       }
@@ -240,7 +258,7 @@ class Chain {
       for (int b = 0; b < kBlocks; ++b) {
         const float rstd = rsqrtf(fmaf(sum[b], each, step.p1));
 #pragma unroll
-        for (int w = 0; w < kWidth; ++w) v[AccumulatorIndex(b, h, w)] *= rstd;
+        for (int w = 0; w < kWidth; ++w) v[Index(part, b, h, w)] *= rstd;
       }
     }
   }
@@ -248,12 +266,13 @@ class Chain {
   // Combines with an operand, which has rows of its own if kFull, else the same for all rows.
   template <Opcode op, bool kFull>
   __device__ __forceinline__ void Combine(const ChainStep& step, Values& v) const {
-    constexpr int kHalves = kFull ? 1 : 2;  // of the lane's two rows, that one of the operand meets
+    constexpr int kRows = 2 * kParts;          // that the lane has
+    constexpr int kMeets = kFull ? 1 : kRows;  // of them, that one of the operand's meets
 #pragma unroll
-    for (int h0 = 0; h0 < 2; h0 += kHalves) {
+    for (int first_row = 0; first_row < kRows; first_row += kMeets) {
       const char* from = static_cast<const char*>(step.data);
       if constexpr (kFull) {
-        const int64_t row = min(row_ + 8 * h0, rows_ - 1);
+        const int64_t row = min(Row(first_row), rows_ - 1);
         from += row * step.row_stride * kBytes;
       }
 #pragma unroll
@@ -266,8 +285,8 @@ class Chain {
           for (int w = 0; w < kWidth; ++w) {
             const float other = Unpack(word[b], w);
 #pragma unroll
-            for (int h = h0; h < h0 + kHalves; ++h) {
-              float& value = v[AccumulatorIndex(first + b, h, w)];
+            for (int r = first_row; r < first_row + kMeets; ++r) {
+              float& value = v[Index(r / 2, first + b, r % 2, w)];
               value = Apply<Math, op>(value, other, 0.0f, 0.0f, 0.0f);
             }
           }
@@ -276,29 +295,45 @@ class Chain {
     }
   }
 
+  // The lane's `r`-th row, two of each part. The compiler is told nothing about it, as of
+  // ColumnsLeft.
+  __device__ __forceinline__ int Row(int r) const {
+    int row = row_ + r / 2 * kPartRows + r % 2 * 8;
+    asm volatile("" : "+r"(row));
+    return row;
+  }
+
+  // Stores 16 bits.
   __device__ __forceinline__ void Store(void* output, int64_t output_stride,
                                         const Values& v) const {
+    constexpr int kAtOnce = kBlocks < 4 ? kBlocks : 4;
+    constexpr int kStep = kBlockStep * kBytes;
+    const int columns_left = ColumnsLeft();
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = row_ + 8 * h;
-      if (row >= rows_) return;
+    for (int r = 0; r < 2 * kParts; ++r) {
+      const int64_t row = Row(r);
       char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
-      const int left = ColumnsLeft();
+      const int left = row < rows_ ? columns_left : 0;
       if (adjacent_) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          float eight[kWidth];
+        for (int first = 0; first < kBlocks; first += kAtOnce) {
+          uint32_t word[kAtOnce][kWords];
 #pragma unroll
-          for (int w = 0; w < kWidth; ++w) eight[w] = v[AccumulatorIndex(b, h, w)];
-          if (b * kBlockStep >= left) continue;
-          StoreVector<kWidth>(to + b * kBlockStep * kBytes, kDtype, 0, eight);
+          for (int b = 0; b < kAtOnce; ++b) {
+            float eight[kWidth];
+#pragma unroll
+            for (int w = 0; w < kWidth; ++w) eight[w] = v[Index(r / 2, first + b, r % 2, w)];
+            Pack(eight, word[b]);
+          }
+          store_vectors<kStep, 2 * kStep, 3 * kStep>(to + first * kStep,
+                                                     left * kBytes - first * kStep, word);
         }
       } else {
 #pragma unroll
         for (int i = 0; i < 4 * kBlocks; ++i) {
           const int w = i % 4 * 2;
-          const float pair[] = {v[AccumulatorIndex(i / 4, h, w)],
-                                v[AccumulatorIndex(i / 4, h, w + 1)]};
+          const float pair[] = {v[Index(r / 2, i / 4, r % 2, w)],
+                                v[Index(r / 2, i / 4, r % 2, w + 1)]};
           if (i * kWidth >= left) continue;
           StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
         }
@@ -310,32 +345,34 @@ class Chain {
   // side by side exchange halves: together they store all eight columns of one, then of the other.
   __device__ __forceinline__ void StoreWide(void* output, int64_t output_stride,
                                             const Values& v) const {
+    constexpr int kAtOnce = 2;
+    constexpr int kStep = kBlockStep * kBytes, kSecond = kWidth * kBytes;
     const bool odd = threadIdx.x % 2 != 0;
     const int first_column = Column(0, 0) - (odd ? kWidth : 0);  // of the pair
     const int column = first_column + (odd ? kWidth / 2 : 0);
-    int left = columns_ - first_column;
-    asm volatile("" : "+r"(left));
+    int columns_left = columns_ - first_column;
+    asm volatile("" : "+r"(columns_left));
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = row_ + 8 * h;
+    for (int r = 0; r < 2 * kParts; ++r) {
+      const int64_t row = Row(r);
       char* const to = static_cast<char*>(output) + (row * output_stride + column) * kBytes;
+      const int left = row < rows_ ? columns_left : 0;
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        float first[kWidth / 2], second[kWidth / 2];
+      for (int first = 0; first < kBlocks; first += kAtOnce) {
+        uint32_t word[2 * kAtOnce][kWidth / 2];
 #pragma unroll
-        for (int w = 0; w < kWidth / 2; ++w) {
-          const float low = v[AccumulatorIndex(b, h, w)];
-          const float high = v[AccumulatorIndex(b, h, w + kWidth / 2)];
-          const float received = __shfl_xor_sync(~0u, odd ? low : high, 1);
-          first[w] = odd ? received : low;
-          second[w] = odd ? high : received;
+        for (int b = 0; b < kAtOnce; ++b) {
+#pragma unroll
+          for (int w = 0; w < kWidth / 2; ++w) {
+            const float low = v[Index(r / 2, first + b, r % 2, w)];
+            const float high = v[Index(r / 2, first + b, r % 2, w + kWidth / 2)];
+            const float received = __shfl_xor_sync(~0u, odd ? low : high, 1);
+            word[2 * b][w] = __float_as_uint(odd ? received : low);
+            word[2 * b + 1][w] = __float_as_uint(odd ? high : received);
+          }
         }
-        if (row >= rows_ || b * kBlockStep >= left) continue;
-        char* const block = to + b * kBlockStep * kBytes;
-        StoreVector<kWidth / 2>(block, kDtype, 0, first);
-        if (b * kBlockStep + kWidth < left) {
-          StoreVector<kWidth / 2>(block + kWidth * kBytes, kDtype, 0, second);
-        }
+        store_vectors<kSecond, kStep, kStep + kSecond>(to + first * kStep,
+                                                       left * kBytes - first * kStep, word);
       }
     }
   }

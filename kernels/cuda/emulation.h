@@ -281,6 +281,14 @@ inline void store_remote(uint32_t to, uint32_t rank, float4 value) {
   memcpy((own ? shared : emulation::blocks[rank].memory.data()) + to, &value, 16);
 }
 inline void store_shared_32(uint32_t to, uint32_t value) { memcpy(shared + to, &value, 4); }
+template <int kSecond, int kThird, int kFourth, int kVectors>
+void store_vectors(void* to, int end, const uint32_t (&v)[kVectors][4]) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::Die("st.global: misaligned");
+  const int offset[] = {0, kSecond, kThird, kFourth};
+  for (int i = 0; i < kVectors; ++i) {
+    if (offset[i] < end) memcpy(static_cast<char*>(to) + offset[i], v[i], 16);
+  }
+}
 
 inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
   static uint32_t row[32][32];  // [warp][lane]

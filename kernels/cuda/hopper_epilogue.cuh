@@ -90,17 +90,22 @@ __device__ __forceinline__ float RootB(const HopperArguments& arguments, uint32_
 }
 
 template <class Config>
-using ChainOf =
-    Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32, Config::kFullOperands>;
+using ChainOf = Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32,
+                      Config::kFullOperands, Config::kPingPong ? 2 : 1>;
 
 // Brings accumulators of scaled planes back, of a chain: the number of columns is a multiple of 8.
 template <class Config>
 __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
-                                            Accumulator<Config>& accumulator, int row0,
+                                            typename ChainOf<Config>::Values& accumulator, int row0,
                                             int column0) {
+  constexpr int kRows = Config::kPingPong ? 4 : 2;  // of a lane
   const int row = row0 + threadIdx.x % 32 / 4;
   const int column = column0 + threadIdx.x % 4 * 8;  // planes are always interleaved
-  const float root_a[] = {RootA(arguments, row), RootA(arguments, row + 8)};
+  float root_a[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    root_a[r] = RootA(arguments, row + r / 2 * ChainOf<Config>::kPartRows + r % 2 * 8);
+  }
 #pragma unroll
   for (int block = 0; block < Config::kN / 32; ++block) {
     uint32_t root_b[8] = {};
@@ -109,9 +114,9 @@ __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
 #pragma unroll
     for (int w = 0; w < 8; ++w) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float& value = accumulator[AccumulatorIndex(block, h, w)];
-        value = Unscaled(value, root_a[h], __uint_as_float(root_b[w]));
+      for (int r = 0; r < kRows; ++r) {
+        float& value = accumulator[ChainOf<Config>::Index(r / 2, block, r % 2, w)];
+        value = Unscaled(value, root_a[r], __uint_as_float(root_b[w]));
       }
     }
   }

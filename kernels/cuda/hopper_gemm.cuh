@@ -79,7 +79,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
     } else {
 #define FXFUSE_MULTIPLY(Input, major)                                                        \
   Multiply<Config, Input, Major::major>(ring, barriers, work.stages, group, accumulator, at, \
-                                        meanwhile)
+                                        meanwhile, [] {})
       if (arguments.layout_b == LayoutB::kColumns) {
         arguments.half ? FXFUSE_MULTIPLY(__half, kMN) : FXFUSE_MULTIPLY(__nv_bfloat16, kMN);
       } else {
@@ -117,25 +117,24 @@ __device__ __forceinline__ void ConsumeInTurns(const HopperArguments& arguments,
   const bool adjacent = Interleaved(arguments);
   RingPosition<Config> at;
   if (group == 1) at.Skip(work.stages);
-  int round = group;
-  uint32_t parity = group == 0 ? 1 : 0;  // the first warpgroup's first turn is at once
-  TileOrigin next = FindTile<Config>(arguments, round);
   await_turn();
-  for (; next.row >= 0; parity ^= 1) {
-    const TileOrigin origin = next;
-    round += 2;
+  for (int round = group;; round += 2) {
+    // Not found ahead of its turn, as in Consume: it would take registers from the chain.
+    const TileOrigin origin = FindTile<Config>(arguments, round);
+    if (origin.row < 0) return;
     const auto meanwhile = [&] {
       PrefetchOperands<Config>(arguments, origin.row + warp_row, origin.column);
       PrefetchOperands<Config>(arguments, origin.row + 64 + warp_row, origin.column);
-      next = FindTile<Config>(arguments, round);
     };
     const auto asked = [&] {
       if (threadIdx.x % 128 == 0) barrier_arrive(barriers.Turn(1 - group));
     };
     Accumulator<Config> half[2];
-    barrier_wait(barriers.Turn(group), parity);
-#define FXFUSE_MULTIPLY(Input, major) \
-  MultiplyTall<Config, Input, Major::major>(ring, barriers, work.stages, half, at, meanwhile, asked)
+    // The first warpgroup's first turn is at once.
+    barrier_wait(barriers.Turn(group), (round / 2 + 1 - group) % 2);
+#define FXFUSE_MULTIPLY(Input, major)                                                            \
+  Multiply<Config, Input, Major::major>(ring, barriers, work.stages, group, half, at, meanwhile, \
+                                        asked)
     if (arguments.layout_b == LayoutB::kColumns) {
       arguments.half ? FXFUSE_MULTIPLY(__half, kMN) : FXFUSE_MULTIPLY(__nv_bfloat16, kMN);
     } else {
@@ -144,17 +143,13 @@ __device__ __forceinline__ void ConsumeInTurns(const HopperArguments& arguments,
 #undef FXFUSE_MULTIPLY
     at.Skip(work.stages);
 
-    // One copy of the chain's code serves both halves.
-#pragma unroll 1
-    for (int row = origin.row + warp_row, i = 0; i < 2; ++i, row += 64) {
-      if (row >= rows) break;
-      if (arguments.root_a != nullptr) {
-        UndoScaling<Config>(arguments, half[0], row, origin.column);
-      }
-      chain.Run(row, origin.column, adjacent, half[0]);
-#pragma unroll
-      for (int v = 0; v < Config::kN / 2; ++v) half[0][v] = half[1][v];
+    const int row = origin.row + warp_row;
+    if (row >= rows) continue;
+    auto& values = reinterpret_cast<typename ChainOf<Config>::Values&>(half);
+    if (arguments.root_a != nullptr) {
+      UndoScaling<Config>(arguments, values, row, origin.column);
     }
+    chain.Run(row, origin.column, adjacent, values);
   }
 }
 

@@ -13,10 +13,13 @@ HopperKernels HopperHalfChain() {
 // Without steps for operands [M, N] nothing is spilled to local memory, where it waits behind
 // stores.
 HopperKernels HopperHalfRows() {
-  static const HopperKernel kernel =
+  static const HopperKernel kernels[] = {
       DescribeHopper<HopperConfig<DeviceHalfMath, FXFUSE_F16, 1, 256, 4, false>>(
-          "hopper_128x256_half_rows");
-  return {&kernel, 1};
+          "hopper_128x256_half_rows"),
+      DescribeHopper<HopperConfig<DeviceHalfMath, FXFUSE_F16, 1, 128, 7, false, true>>(
+          "hopper_128x128_half_rows_in_turns"),
+  };
+  return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
 }
 
 HopperKernels HopperHalf() {

@@ -53,6 +53,16 @@ __device__ __forceinline__ float2 UnpackF16(uint32_t word) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
+// Two values as fp16 or bf16, the first in the lower half.
+__device__ __forceinline__ uint32_t PackHalves(int dtype, float low, float high) {
+  if (dtype == FXFUSE_F16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // A bf16 is the upper half of an fp32: two integer operations, and NaN payloads survive.
 __device__ __forceinline__ float2 UnpackBf16(uint32_t word) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
@@ -172,18 +182,9 @@ __device__ __forceinline__ void StoreVector(void* data, int dtype, int64_t offse
     return;
   }
   uint32_t word[kWidth / 2];
-  if (dtype == FXFUSE_F16) {
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) {
-      const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-      word[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-      word[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
+  for (int i = 0; i < kWidth / 2; ++i) {
+    word[i] = PackHalves(dtype, values[2 * i], values[2 * i + 1]);
   }
   StoreWords(static_cast<uint16_t*>(data) + offset, word);
 }

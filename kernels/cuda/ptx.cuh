@@ -39,6 +39,46 @@ __device__ __forceinline__ void store_shared(uint32_t address, float4 value) {
                : "memory");
 }
 
+// Stores four vectors of 16 bytes to global memory, at `to` and so many bytes behind it: those that
+// begin before `end` bytes. As one statement, for then each has registers of its own: stores that
+// share them wait for each other, some 150 cycles each.
+template <int kSecond, int kThird, int kFourth>
+__device__ __forceinline__ void store_vectors(void* to, int end, const uint32_t (&v)[4][4]) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q, r, s;\n"
+      "setp.gt.s32 p, %1, 0;\n"
+      "setp.gt.s32 q, %1, %2;\n"
+      "setp.gt.s32 r, %1, %3;\n"
+      "setp.gt.s32 s, %1, %4;\n"
+      "@p st.global.v4.b32 [%0], {%5, %6, %7, %8};\n"
+      "@q st.global.v4.b32 [%0 + %2], {%9, %10, %11, %12};\n"
+      "@r st.global.v4.b32 [%0 + %3], {%13, %14, %15, %16};\n"
+      "@s st.global.v4.b32 [%0 + %4], {%17, %18, %19, %20};\n"
+      "}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(end), "n"(kSecond), "n"(kThird), "n"(kFourth), "r"(v[0][0]), "r"(v[0][1]), "r"(v[0][2]),
+      "r"(v[0][3]), "r"(v[1][0]), "r"(v[1][1]), "r"(v[1][2]), "r"(v[1][3]), "r"(v[2][0]),
+      "r"(v[2][1]), "r"(v[2][2]), "r"(v[2][3]), "r"(v[3][0]), "r"(v[3][1]), "r"(v[3][2]),
+      "r"(v[3][3])
+      : "memory");
+}
+
+// The same of two vectors.
+template <int kSecond, int, int>
+__device__ __forceinline__ void store_vectors(void* to, int end, const uint32_t (&v)[2][4]) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.gt.s32 p, %1, 0;\n"
+      "setp.gt.s32 q, %1, %2;\n"
+      "@p st.global.v4.b32 [%0], {%3, %4, %5, %6};\n"
+      "@q st.global.v4.b32 [%0 + %2], {%7, %8, %9, %10};\n"
+      "}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(end), "n"(kSecond), "r"(v[0][0]), "r"(v[0][1]), "r"(v[0][2]), "r"(v[0][3]), "r"(v[1][0]),
+      "r"(v[1][1]), "r"(v[1][2]), "r"(v[1][3])
+      : "memory");
+}
+
 // Asynchronous copy of 16 bytes from global to shared memory; zeros, with nothing read, where
 // `inside` is 0. It bypasses L1 (.cg): a tile is read once per block and reused out of shared
 // memory.

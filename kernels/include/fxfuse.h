@@ -171,7 +171,9 @@ typedef struct {
 
 // Addresses of one call, in this order: A, B, bias, operands, outputs, and what fxfuse_cuda_split
 // left beside the planes. Unused entries are null.
-// An output may be the accumulator matrix itself (same dtype and stride), nothing else overlaps.
+// An output may be the accumulator matrix itself or an operand [M, N] that no instruction reads
+// after the store (same dtype and stride): what the thread that computes an element reads there is
+// read before the element is written. Nothing else overlaps.
 #define FXFUSE_PTR_A 0
 #define FXFUSE_PTR_B 1
 #define FXFUSE_PTR_BIAS 2
