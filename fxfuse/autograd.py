@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import recipes, reference
+from .accumulate import accumulation_target
 from .backward import BIAS, WEIGHT, Plan, Saved, Work, X, Z, plan, work
 from .infer import Tensors
 from .program import ACC, BARE, Operand
 from .recipes import Static
-from .routes import reduced
+from .routes import reduced, share_memory
 from .torch_ops import (
     PLAIN,
     VIEW_TRACKING,
@@ -117,9 +118,23 @@ def _differentiable_op(
 register("Autograd", _differentiable_op)
 
 
+class _Dz(NamedTuple):
+    """A gradient of z, and its sum over rows where it was computed with it.
+
+    alone: its memory is no other tensor's, and nobody has it but the link and the engine. Then its
+    storage may be freed during the product's backward, as FSDP frees those of parameters: all that
+    the engine still does with it is to drop it, hooks are given no gradient of z, which never
+    leaves the call, and each backward of a retained graph makes a new one.
+    """
+
+    dz: torch.Tensor
+    db: torch.Tensor | None
+    alone: bool
+
+
 class _Link:
     """What the nodes of one call share: until the forward is over, its tensors and, computed with
-    the product, its outputs; then a gradient of z and its sum over rows, computed with the chain's.
+    the product, its outputs; then, between their backwards, what the chain's computed.
 
     Tensors a node takes for its forward alone are no inputs of it: autograd would wait for them.
     """
@@ -134,8 +149,7 @@ class _Link:
         self.tensors: Any = (x, weight, bias, operands)
         self.traced = _traced(x)
         self.outputs: list[torch.Tensor] | None = None
-        self.dz: torch.Tensor | None = None
-        self.db: torch.Tensor | None = None
+        self.found: _Dz | None = None
 
     def run(self, made: Plan) -> list[torch.Tensor]:
         # Reshapes inside the call are nobody's business: an output that counts as a view could not
@@ -147,17 +161,30 @@ class _Link:
             return made.recipe.run(*self.tensors)
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of a [M, K] and b [K, N], either of which may be a transposed view.
+_ADD = "t1 = add acc, $0; store t1"
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, to: torch.Tensor | None = None, lets_go: str = ""
+) -> torch.Tensor:
+    """`a @ b` of a [M, K] and b [K, N], either of which may be a transposed view; added to `to`,
+    of the same dtype, where that is given. lets_go: as in `infer.Call`, "x" being a and "weight" b.
 
     fp32 on CUDA is served as a fused call is, everything else is torch's own product.
     """
     if not a.is_cuda or a.dtype != torch.float32:
-        return torch.mm(a, b)
+        return torch.mm(a, b) if to is None else to.addmm_(a, b)
     transposed = b.stride(1) == 1
     weight = b if transposed else b.t()
-    static = Static(BARE, transposed, (), (), "a backward's product", normwise=True)
-    return _serve(a, (a, b))(a, weight, None, (), static)[0]
+    site = "a backward's product"
+    static = Static(BARE, transposed, (), (), site, normwise=True, lets_go=lets_go)
+    if to is None:
+        return _serve(a, (a, b))(a, weight, None, (), static)[0]
+    static = static._replace(program=_ADD, in_place=True)
+    recipe = recipes.find(a, weight, None, (to,), static)
+    if recipe.route in ("cublas", "reference") or not to.is_contiguous():
+        return to.addmm_(a, b)  # torch's own adds as it multiplies, too
+    return recipe.run(a, weight, None, (to,))[0]
 
 
 def _serve(tensor: torch.Tensor, tensors: Tensors) -> Callable[..., Sequence[torch.Tensor]]:
@@ -193,21 +220,34 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: torch.Tensor) -> Any:
         made: Plan = ctx.plan
+        link: _Link = ctx.link
+        found, link.found = link.found, None
+        if found is None or found.dz is not dz:
+            found = _Dz(dz, None, False)
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = (*_wanted(ctx), False)[:3]
         flat = dz.reshape(-1, dz.shape[-1])
+        # The last to read dz is a product, which lets it go before it allocates what it returns.
+        # Anomaly mode looks at a node's inputs again.
+        lets_go = found.alone and not torch.is_anomaly_enabled()
         dx = dw = db = None
         with _as_forward(dz):
-            if of_x:
-                dx = product(flat, weight.t() if made.transposed else weight).view(ctx.shape)
-            if of_weight:
-                x = x.reshape(-1, x.shape[-1])
-                dw = product(x.t(), flat) if made.transposed else product(flat.t(), x)
             if of_bias:
                 shape, dtype = ctx.bias
-                db = ctx.link.db if dz is ctx.link.dz else None
-                db = (reduced(dz, Reduction.ROWS) if db is None else db).to(dtype).reshape(shape)
-        ctx.link.dz = ctx.link.db = None
+                db = reduced(dz, Reduction.ROWS) if found.db is None else found.db
+                db = db.to(dtype).reshape(shape)
+            if of_x:
+                by = weight.t() if made.transposed else weight
+                last = "" if of_weight or not lets_go else "x"
+                dx = product(flat, by, lets_go=last).view(ctx.shape)
+            if of_weight:
+                x = x.reshape(-1, x.shape[-1])
+                a, b, which = (x.t(), flat, "weight") if made.transposed else (flat.t(), x, "x")
+                node = ctx.next_functions[1][0]
+                grad = None if link.traced else accumulation_target(node, a, b)
+                dw = product(a, b, to=grad, lets_go=which if lets_go else "")
+                if grad is not None:
+                    dw = None
         return None, None, dx, dw, db
 
 
@@ -261,9 +301,21 @@ class _Chain(torch.autograd.Function):
             seen = again or ctx.link.traced
             summed = _recorded(made, done, given) if seen else _run(made, done, given)
             dz, *rest = _gradients(made, wrt, given, summed, ctx.shapes, ctx.dtypes)
-        if not again:
-            ctx.link.dz, ctx.link.db = dz, summed.get((ACC, Reduction.ROWS))
+        if dz is not None and not again:
+            others = [t for of, t in summed.items() if of != (ACC, Reduction.NONE)]
+            alone = not seen and _is_alone(dz, [*given.values(), *others, *rest])
+            ctx.link.found = _Dz(dz, summed.get((ACC, Reduction.ROWS)), alone)
         return None, None, dz, *rest
+
+
+def _is_alone(tensor: torch.Tensor, others: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a tensor fills a storage that is none of the others'."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        and not any(o is not None and share_memory(o, tensor) for o in others)
+    )
 
 
 def _wanted(ctx: Any) -> list[bool]:

@@ -97,7 +97,7 @@ def _staged_recipe(
     """
     if call.x.dtype != torch.float32:
         return _pointwise_recipe(call, result, lib, layouts, fixes)
-    bare = replace(call, program=parse(BARE), operands=(), stores=())
+    bare = replace(call, program=parse(BARE), operands=(), stores=(), in_place=False)
     product = cuda_recipe(bare, infer(bare), lib, (), ())
     return _pointwise_recipe(call, result, lib, layouts, fixes, product)
 
@@ -248,6 +248,7 @@ def _gemm_recipe(
     chosen = _chosen(lib, problem)[0]
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
+    in_place = _fits_in_place(call, result)
 
     def run(
         x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
@@ -257,11 +258,20 @@ def _gemm_recipe(
         operands = fixed(operands, fixes)
         pointers = Pointers()
         pointers[0], pointers[1] = x.data_ptr(), weight.data_ptr()
-        outputs = _fill(pointers, x, bias, operands, described)
+        outputs = _fill(pointers, x, bias, operands, described, in_place)
         launch(pointers)
         return outputs
 
     return Recipe(chosen, None, run)
+
+
+def _fits_in_place(call: Call, result: Result) -> bool:
+    """Whether a call's first output goes over its first operand, and a kernel can write there."""
+    if not call.in_place:
+        return False
+    operand = call.operands[0]
+    described = tuple(operand.shape), operand.dtype
+    return described == (result.shapes[0], result.dtypes[0]) and operand.is_contiguous()
 
 
 def _fill(
@@ -270,15 +280,17 @@ def _fill(
     bias: torch.Tensor | None,
     operands: Tensors,
     described: Sequence[tuple[int, tuple[tuple[int, ...], torch.dtype]]],
+    in_place: bool,
 ) -> list[torch.Tensor]:
-    """Enter all addresses but those of A and B, and return the outputs, freshly allocated."""
+    """Enter all addresses but those of A and B, and return the outputs: freshly allocated, but the
+    first operand as the first one where `in_place`."""
     if bias is not None:
         pointers[2] = bias.data_ptr()
     for index, operand in enumerate(operands):
         pointers[POINTER_OPERAND + index] = operand.data_ptr()
     outputs = []
     for index, (shape, dtype) in described:
-        out = x.new_empty(shape, dtype=dtype)
+        out = operands[0] if in_place and index == 0 else x.new_empty(shape, dtype=dtype)
         pointers[POINTER_OUTPUT + index] = out.data_ptr()
         outputs.append(out)
     return outputs
@@ -325,6 +337,7 @@ def _planes_recipe(
     launch = _launcher(lib, problem, call.x.get_device(), " -> ".join(call.program.chain))
     described = list(enumerate(zip(result.shapes, result.dtypes, strict=True)))
     turns_weight = call.transposed and not by_rows
+    in_place, lets_go = _fits_in_place(call, result), call.lets_go
     without_planes = _pointwise_recipe(call, result, lib, layouts, fixes)
 
     def planes_of(weight: torch.Tensor) -> Planes:
@@ -337,8 +350,8 @@ def _planes_recipe(
         if turned:
             matrix = x
         else:
-            x = x.contiguous() if copies else x
-            matrix = x.as_strided((rows, k), (lda, 1))
+            adjacent = x.contiguous() if copies else x
+            matrix = adjacent.as_strided((rows, k), (lda, 1))
         try:
             if by_rows or frozen.is_marked(weight):
                 b = frozen.prepared(weight, ("planes", planes, turns_weight), planes_of)
@@ -347,13 +360,16 @@ def _planes_recipe(
                 a, b = split(matrix, weight.t() if turns_weight else weight, planes=planes)
         except torch.cuda.OutOfMemoryError:
             return without_planes.run(x, weight, bias, operands)
+        if lets_go:
+            # The kernels that split run on this stream before whatever is next allocated on it.
+            (x if lets_go == "x" else weight).untyped_storage().resize_(0)
         operands = fixed(operands, fixes)
         pointers = Pointers()
         for i, of in enumerate((a, b)):
             pointers[i] = of.plane.data_ptr()
             pointers[POINTER_ROOTS + i] = of.root.data_ptr()
             pointers[POINTER_SPECIAL + i] = of.special.data_ptr()
-        outputs = _fill(pointers, x, bias, operands, described)
+        outputs = _fill(pointers, x, bias, operands, described, in_place)
         launch(pointers)
         return outputs
 

@@ -39,7 +39,10 @@ class Call:
 
     stores: one for each output, none where outputs are what torch's own ops make of them. With
     stores an output covers the whole accumulator, whatever it is computed from. normwise: columns
-    of the product need be as exact as the largest of them, not each for itself.
+    of the product need be as exact as the largest of them, not each for itself. in_place: the first
+    output is written over the first operand, which has its shape and dtype and is not read by any
+    instruction after the one that stores. lets_go: "x" or "weight", whose storage nobody reads
+    after the call: it may be freed once the kernels have read it, before outputs are allocated.
     """
 
     x: torch.Tensor
@@ -52,6 +55,8 @@ class Call:
     site: str
     stores: tuple[Store, ...] = ()
     normwise: bool = False
+    in_place: bool = False
+    lets_go: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Static(NamedTuple):
 
     program: canonical text. transposed: the weight is [K, N]. dropout: the training flag of each
     dropout of the program. views: the shape of each view. site: where the model makes the call.
-    stores, normwise: as in `infer.Call`.
+    stores, normwise, in_place, lets_go: as in `infer.Call`.
     """
 
     program: str
@@ -43,6 +43,8 @@ class Static(NamedTuple):
     site: str = ""
     stores: tuple[Store, ...] = ()
     normwise: bool = False
+    in_place: bool = False
+    lets_go: str = ""
 
 
 def run(
@@ -108,6 +110,10 @@ def signature(
         key += (static.stores,)
     if static.normwise:
         key += ("normwise",)
+    if static.in_place:
+        key += ("in_place",)
+    if static.lets_go:
+        key += ("lets_go", static.lets_go)
     if x.is_cuda:
         if x.dtype == torch.float32:
             key += (routes.tf32_allowed(), weight is not None and frozen.is_marked(weight))
@@ -128,7 +134,7 @@ def described(
     static: Static,
 ) -> Call:
     """The call, with its program read and its views resolved."""
-    program, transposed, _, views, site, stores, normwise = static
+    program, transposed, _, views, site, stores, normwise, in_place, lets_go = static
     shape = tuple(x.shape)
     if weight is not None:
         shape = (*shape[:-1], weight.shape[1 if transposed else 0])
@@ -144,6 +150,8 @@ def described(
         site,
         stores,
         normwise,
+        in_place,
+        lets_go,
     )
 
 
@@ -180,7 +188,8 @@ def _unkept(
     reason = f"a tensor's layout is {layout}"
     note(static, "reference", reason)
     run = routes.reference_run(described(x, weight, bias, operands, static))
-    return Recipe("reference", reason, run)
+    recipe = Recipe("reference", reason, run)
+    return routes.over_operand(recipe) if static.in_place else recipe
 
 
 def note(static: Static, route: str, reason: str | None) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import increment_version
 
 from . import library, reference
 from .errors import KernelError, LibraryError, ProgramError
@@ -79,11 +80,29 @@ def prepare(call: Call) -> Recipe:
     """The recipe for calls like this one. Raises as `infer` does, before anything runs."""
     result = infer(call)
     try:
-        return _kernel_recipe(call, result)
+        recipe = _kernel_recipe(call, result)
     except (NoKernel, ProgramError) as reason:
         if FORCED:
             raise KernelError(f"route {FORCED[-1]} cannot serve {call.site}: {reason}") from None
-        return Recipe("reference", str(reason), reference_run(call))
+        recipe = Recipe("reference", str(reason), reference_run(call))
+    return over_operand(recipe) if call.in_place else recipe
+
+
+def over_operand(recipe: Recipe) -> Recipe:
+    """`recipe` with its first output in the memory of the first operand, and returned as that
+    tensor: copied there where the recipe itself has not written there."""
+
+    def run(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, operands: Tensors
+    ) -> list:
+        first, *rest = recipe.run(x, weight, bias, operands)
+        if first is operands[0]:
+            increment_version(first)  # of what a kernel writes to an address autograd knows nothing
+        else:
+            operands[0].copy_(first)
+        return [operands[0], *rest]
+
+    return Recipe(recipe.route, recipe.reason, run)
 
 
 def reference_run(call: Call) -> Run:
@@ -99,7 +118,7 @@ def reference_run(call: Call) -> Run:
         # An output may share an input's memory here (a program that only casts to the dtype it
         # has, or only views); an op must return fresh tensors.
         held = [t for t in (x, *operands) if t.layout == torch.strided]
-        fresh = [o.clone() if any(_share_memory(o, t) for t in held) else o for o in outputs]
+        fresh = [o.clone() if any(share_memory(o, t) for t in held) else o for o in outputs]
         if not stores:
             return fresh
         shaped = fresh if views else [o.expand(acc.shape) for o in fresh]
@@ -122,7 +141,8 @@ def reduced(matrix: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     return flat.sum(0 if reduction is Reduction.ROWS else 1, dtype=wide)
 
 
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a tensor and a strided one have the same storage."""
     return a is b or (
         a.layout == torch.strided
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fxfuse
-from fxfuse import autograd, backward, cli, recipes, reference
+from fxfuse import accumulate, autograd, backward, cli, recipes, reference
 from fxfuse.fused import backwards_taken, fused_linear, routes_taken
 from fxfuse.lower import MAX_INSTRUCTIONS
 from fxfuse.program import parse
+from fxfuse.recipes import Static
 
 ROOT = Path(__file__).parent.parent
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 pytestmark = pytest.mark.skipif(not path().exists(), reason=f"{path()} is not built")
 EXAMPLES = [
     "add_relu",
@@ -312,7 +315,7 @@ def test_gradients_that_are_not_asked_for_are_not_computed(
     x = randn(8, 16).float().to(device).requires_grad_()
     products: list[torch.Size] = []
 
-    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def counted(a: torch.Tensor, b: torch.Tensor, **_: Any) -> torch.Tensor:
         products.append(a.shape)
         return torch.mm(a, b)
 
@@ -691,6 +694,405 @@ def test_nothing_is_kept_without_gradients(device: str) -> None:
         assert not out.requires_grad
         assert out.grad_fn is None
     assert kept_bytes(lambda: optimized.requires_grad_(False)(x)) == 0
+
+
+# Accumulation ------------------------------------------------------------------------------------
+
+SILU = "t1 = silu acc; store t1"
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor | None]:
+    """The `.grad` that each product of a weight's gradient was told to add to, or None."""
+    found: list[torch.Tensor | None] = []
+
+    def spied(*given: Any) -> torch.Tensor | None:
+        found.append(accumulate.accumulation_target(*given))
+        return found[-1]
+
+    monkeypatch.setattr(autograd, "accumulation_target", spied)
+    return found
+
+
+def both(
+    device: str, transposed: bool = False, dtype: torch.dtype = torch.float32, width: int = 24
+) -> tuple[torch.Tensor, torch.Tensor, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """x and weight of a Linear with SiLU, both of which require a gradient, and the call, fused and
+    eager."""
+    x, weight = (
+        randn(s, width, seed=i).to(device, dtype) for i, s in enumerate((width, 2 * width))
+    )
+    weight = (weight.t().contiguous() if transposed else weight) / width**0.5
+    fused = lambda x, w: fused_linear(x, w, None, [], SILU, transposed)  # noqa: E731
+    eager = lambda x, w: F.silu(x @ w if transposed else F.linear(x, w))  # noqa: E731
+    return x.requires_grad_(), weight.requires_grad_(), fused, eager
+
+
+def accumulated(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, times: int
+) -> torch.Tensor:
+    """weight.grad after so many backwards, with another gradient coming in at each."""
+    weight.grad = None
+    for seed in range(times):
+        out = function(x, weight)
+        out.backward(randn(*out.shape, seed=seed).to(out))
+    assert weight.grad is not None
+    return weight.grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_gradients_are_added_by_their_products(
+    dtype: torch.dtype, transposed: bool, device: str, targets: list[torch.Tensor | None]
+) -> None:
+    x, weight, fused, eager = both(device, transposed, dtype, 768 if device == "cuda" else 96)
+    grad = accumulated(fused, x, weight, 1)
+    assert targets == [None]
+    place, version = grad.data_ptr(), grad._version
+    for _ in range(2):
+        fused(x, weight).sum().backward()
+    assert weight.grad is grad
+    assert grad.data_ptr() == place
+    assert grad._version > version
+    assert all(t is grad for t in targets[1:])
+    assert len(targets) == 3
+    ours = accumulated(fused, x, weight, 3).clone()
+    theirs = accumulated(eager, x, weight, 3).clone()
+    truth = accumulated(eager, *doubled([x, weight]), 3)
+    no_worse([ours], [theirs], [truth])
+
+
+def test_no_matrix_is_made_for_a_gradient_that_is_added_to(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    x, weight, fused, _ = both(device, width=768)
+    x.requires_grad_(False)
+    grad = accumulated(fused, x, weight, 1)
+    products: list[torch.Tensor] = []
+
+    def spied(*args: Any, **kwargs: Any) -> torch.Tensor:
+        products.append(autograd_product(*args, **kwargs))
+        return products[-1]
+
+    autograd_product = autograd.product
+    monkeypatch.setattr(autograd, "product", spied)
+    fused(x, weight).sum().backward()
+    assert [p is grad for p in products] == [True]
+
+
+@pytest.mark.parametrize("other", ["fused", "eager"])
+def test_tied_weights_add_to_gradients_that_are_there(
+    other: str, device: str, targets: list[torch.Tensor | None]
+) -> None:
+    x, weight, fused, eager = both(device)
+    tied = {"fused": fused, "eager": eager}[other]
+    close(*(
+        accumulated(lambda x, w, f=f, g=g: f(x, w) + g(x, w) * g(2 * x, w), x, weight, 3).clone()
+        for f, g in ((fused, tied), (eager, eager))
+    ))  # fmt: skip
+    assert sum(t is not None for t in targets) == 2 * len(targets) // 3
+
+
+def test_hooks_see_the_gradient_of_one_backward(
+    device: str, targets: list[torch.Tensor | None]
+) -> None:
+    x, weight, fused, eager = both(device)
+    seen: list[list[torch.Tensor]] = []
+    for function in (fused, eager):
+        accumulated(function, x, weight, 1)
+        calls: list[torch.Tensor] = []
+        seen.append(calls)
+        handle = weight.register_hook(lambda g, c=calls: c.append(g.clone()))
+        function(x, weight).sum().backward()
+        handle.remove()
+        handle = weight.register_post_accumulate_grad_hook(
+            lambda p, c=calls: c.append(p.grad.clone())
+        )
+        function(x, weight).sum().backward()
+        handle.remove()
+    assert [len(calls) for calls in seen] == [2, 2]
+    close(*seen)
+    assert targets == [None] * 3
+    fused(x, weight).sum().backward()
+    assert targets[3] is weight.grad
+
+
+def test_gradients_that_are_asked_for_are_returned_and_not_added(device: str) -> None:
+    x, weight, fused, eager = both(device)
+    grad = accumulated(fused, x, weight, 1)
+    before = grad.clone()
+    found = [torch.autograd.grad(f(x, weight).sum(), weight)[0] for f in (fused, eager)]
+    close(*found)
+    assert found[0] is not grad
+    fused(x, weight).sum().backward(inputs=[x])
+    assert torch.equal(grad, before)
+    fused(x, weight).sum().backward(inputs=[weight])
+    close(weight.grad, before + found[1])
+    assert weight.grad is grad
+
+
+def test_gradients_that_are_recorded_are_not_added_in_place(
+    device: str, targets: list[torch.Tensor | None]
+) -> None:
+    x, weight, fused, eager = both(device)
+    found = []
+    for function in (fused, eager):
+        first = accumulated(function, x, weight, 1)
+        before = first.clone()
+        function(x, weight).square().mean().backward(create_graph=True)
+        assert weight.grad is not first
+        assert torch.equal(first, before)
+        (second,) = torch.autograd.grad(weight.grad.square().sum(), weight)
+        found.append([weight.grad.detach(), second])
+        function(x, weight).sum().backward()  # onto a gradient that is differentiable
+        found[-1].append(weight.grad.detach())
+    close(*found, tolerance=1e-4)
+    assert not any(t is not None for t in targets)
+
+
+def test_a_retained_graph_adds_each_time(device: str, targets: list[torch.Tensor | None]) -> None:
+    x, weight, fused, eager = both(device)
+    found = []
+    for function in (fused, eager):
+        accumulated(function, x, weight, 1)
+        out = function(x, weight).square().sum()
+        out.backward(retain_graph=True)
+        out.backward()
+        found.append(weight.grad.clone())
+    close(*found)
+    assert [t is not None for t in targets] == [False, True, True]
+
+
+LAYOUTS = {
+    "rows": (lambda g: g.clone(), True),
+    "columns": (lambda g: g.t().contiguous().t(), True),
+    "part of a buffer": (lambda g: g.new_zeros(3, *g.shape)[1].copy_(g), True),
+    "every second column": (lambda g: torch.stack([g, g], 2)[:, :, 0], False),
+    "expanded": (lambda g: g[:1].expand(g.shape), False),
+    "recorded": (lambda g: g.clone().requires_grad_() * 1, False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_any_layout_are_added_to(
+    layout: str, device: str, targets: list[torch.Tensor | None]
+) -> None:
+    x, weight, fused, eager = both(device, width=64)
+    arrange, taken = LAYOUTS[layout]
+    start = randn(*weight.shape, seed=5).to(weight)
+    found: list[Any] = []
+    for function in (fused, eager):
+        weight.grad = arrange(start)
+        given = weight.grad
+        try:
+            function(x, weight).sum().backward()
+        except RuntimeError as error:
+            found.append(str(error).partition(":")[0])
+        else:
+            found.append(weight.grad.detach().clone())
+            assert weight.grad is given
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        close(*found)
+    assert [t is not None for t in targets] == [taken]
+
+
+def test_what_somebody_could_tell_is_left_to_autograd(
+    device: str, targets: list[torch.Tensor | None]
+) -> None:
+    x, weight, fused, eager = both(device)
+    grad = accumulated(fused, x, weight, 1)
+    before = grad.clone()
+    (once,) = torch.autograd.grad(eager(x, weight).sum(), weight)
+    with torch.autograd.detect_anomaly(check_nan=False):
+        fused(x, weight).sum().backward()
+    fused(x, weight * 1).sum().backward()  # a weight that is no leaf
+    out = fused(x, weight).sum()
+    weight.requires_grad_(False)
+    out.backward()
+    close(grad, before + 2 * once)
+    assert targets == [None] * 4
+
+
+def test_a_gradient_that_is_a_factor_is_not_added_to(
+    device: str, targets: list[torch.Tensor | None]
+) -> None:
+    found = []
+    for fuse in (True, False):
+        x, weight, fused, eager = both(device)
+        weight = weight[: x.shape[1]].detach().clone().requires_grad_()
+        weight.grad = x.detach()
+        (fused if fuse else eager)(x, weight).sum().backward()
+        found.append(weight.grad)
+    close(*found)
+    assert targets == [None]
+
+
+def test_threads_add_up_on_a_cpu(targets: list[torch.Tensor | None]) -> None:
+    x, weight, fused, _ = both("cpu")
+    x.requires_grad_(False)
+    once = accumulated(fused, x, weight, 1).clone()
+    outputs = [fused(x, weight) for _ in range(8)]
+    seed = randn(*outputs[0].shape, seed=0).to(x)
+    threads = [threading.Thread(target=o.backward, args=(seed,)) for o in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    close(weight.grad, 9 * once)
+    assert targets == [None] * 9
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_streams_but_the_default_one_leave_the_addition_to_autograd(
+    targets: list[torch.Tensor | None],
+) -> None:
+    x, weight, fused, _ = both("cuda", width=768)
+    once = accumulated(fused, x, weight, 1).clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = fused(x, weight)
+        out.backward(randn(*out.shape, seed=0).to(out))
+    torch.cuda.current_stream().wait_stream(stream)
+    close(weight.grad, 2 * once, 1e-4)
+    assert targets == [None, None]
+
+
+@pytest.mark.parametrize("frozen", ["x", "bias", "scale", "none"])
+def test_steps_that_accumulate_are_eagers(frozen: str, device: str) -> None:
+    model, optimized = made(device)
+    leaves = {"x": randn(8, 16, seed=1).float().to(device), "bias": model.linear.bias}
+    leaves |= {"scale": model.scale, "weight": model.linear.weight}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    found = []
+    for module in (optimized, model):
+        for leaf in leaves.values():
+            leaf.grad = None
+        for scale in (1.0, 1024.0, 1024.0):  # as a gradient scaler's losses are
+            (module(leaves["x"]).square().mean() * scale).backward()
+        found.append([leaf.grad for leaf in leaves.values() if leaf.requires_grad])
+    close(*found, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("text", [
+    "t1 = add acc, $0; store t1",
+    "t1 = add acc, $0; t2 = relu t1; store t2, acc",
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_an_output_is_written_over_an_operand(text: str, dtype: torch.dtype, device: str) -> None:
+    x, weight = (randn(*s, seed=i).to(device, dtype) for i, s in enumerate([(20, 64), (48, 64)]))
+    for arrange in (torch.clone, lambda t: t.t().contiguous().t()):
+        to = arrange(randn(20, 48, seed=2).to(device, dtype))
+        expected = recipes.run(x, weight, None, [to], Static(text))
+        version = to._version
+        found = recipes.run(x, weight, None, [to], Static(text, in_place=True))
+        assert found[0] is to
+        assert to._version > version
+        close(found, expected)
+
+
+# What is let go ----------------------------------------------------------------------------------
+
+
+def products_of(out: torch.Tensor) -> tuple[Any, Any]:
+    """The nodes of a fused call: the chain's and the product's."""
+    chain: Any = out.grad_fn
+    (product,) = (f for f, _ in chain.next_functions if type(f).__name__ == "_ProductBackward")
+    return chain, product
+
+
+@pytest.mark.parametrize(("text", "operand", "alone"), [
+    ("t1 = relu acc; store t1", False, True),
+    (SILU, False, True),
+    ("t1 = mul acc, 2.0; t2 = add t1, $0; store t2", True, True),
+    ("t1 = add acc, $0; store t1", False, False),  # dZ is what comes in
+    ("t1 = add acc, $0; store t1", True, False),
+    ("t1 = add acc, $0; t2 = relu t1; store t2", False, True),
+    ("t1 = add acc, $0; t2 = relu t1; store t2", True, False),  # and the operand's gradient
+])  # fmt: skip
+def test_a_gradient_of_z_that_nobody_shares_is_known(
+    text: str, operand: bool, alone: bool, device: str
+) -> None:
+    x, weight, other = (
+        randn(*s, seed=i).float().to(device) for i, s in enumerate([(9, 8), (12, 8), (9, 12)])
+    )
+    weight.requires_grad_(), other.requires_grad_(operand)
+    out = fused_linear(x, weight, None, [other][: parse(text).operand_count], text)
+    chain, product = products_of(out)
+    noted: list[bool] = []
+    product.register_prehook(lambda _: noted.append(chain.link.found.alone))
+    for _ in range(2):
+        out.backward(torch.ones_like(out), retain_graph=True)
+        assert chain.link.found is None
+    assert noted == [alone, alone]
+
+
+def test_a_gradient_of_z_is_let_go_by_the_last_product(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    said: list[str] = []
+    autograd_product = autograd.product
+
+    def spied(*args: Any, lets_go: str, **kwargs: Any) -> torch.Tensor:
+        said.append(lets_go)
+        return autograd_product(*args, lets_go=lets_go, **kwargs)
+
+    monkeypatch.setattr(autograd, "product", spied)
+    for transposed, which in ((False, "x"), (True, "weight")):
+        x, weight, fused, eager = both(device, transposed)
+        fused(x, weight).sum().backward()
+        fused(x, weight.detach()).sum().backward()
+        fused(x.detach(), weight).sum().backward()
+        with torch.autograd.detect_anomaly(check_nan=False):
+            fused(x, weight).sum().backward()
+        assert said == ["", which, "x", which, "", ""]
+        said.clear()
+        grads = [x.grad, weight.grad]
+        for t in (x, weight):
+            t.grad = None
+        for _ in range(3):
+            eager(x, weight).sum().backward()
+        close(grads, [x.grad, weight.grad])
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_a_backward_peaks_no_higher_than_eagers(precision: str) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("one plane is Hopper's")
+    torch.set_float32_matmul_precision(precision)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU()).cuda()
+    optimized = fxfuse.optimize(model)
+    x, seed = (torch.randn(1024, 4096, device="cuda") for _ in range(2))
+    x.requires_grad_()
+
+    def peak(module: nn.Module) -> int:
+        """The most bytes that the first of two backwards allocates at once."""
+        module.zero_grad()
+        x.grad = None
+        out = module(x)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out.backward(seed, retain_graph=True)
+        found = torch.cuda.max_memory_allocated() - before
+        out.backward(seed)
+        return found
+
+    peaks = [[peak(module) for _ in range(2)][1] for module in (model, optimized)]
+    if precision == "high":  # two planes are as large as what they are of
+        assert peaks[1] <= 1.01 * peaks[0], peaks
+    dz = 2 * seed.double().where(optimized(x) > 0, 0.0)
+    truth = [dz @ model[0].weight.double(), dz.t() @ x.double(), dz.sum(0)]
+    for ours, exact in zip((x.grad, *(p.grad for p in model.parameters())), truth, strict=True):
+        assert (ours - exact).norm() <= (1e-3 if precision == "high" else 1e-6) * exact.norm()
 
 
 # Training ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 from pathlib import Path
@@ -13,10 +14,12 @@ from helpers_programs import POINTWISE_KERNEL_OPS, one_op
 from torch import nn
 
 import fxfuse
-from fxfuse import fused, library, recipes, reference
+from fxfuse import cuda, fused, library, recipes, reference
+from fxfuse.errors import KernelError
 from fxfuse.fused import forced_route, fused_linear, fused_pointwise
 from fxfuse.ops import OPS
 from fxfuse.program import parse
+from fxfuse.recipes import Static
 
 pytestmark = [
     pytest.mark.gpu,
@@ -241,6 +244,56 @@ def test_infinities_and_nans_pass_the_gemm():
     expected = torch.clamp(F.linear(x, weight), -1, 1)
     assert torch.equal(found.isnan(), expected.isnan())
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+# An output over an operand ------------------------------------------------------------------------
+
+ADD = "t1 = add acc, $0; store t1"
+
+
+@pytest.mark.parametrize("shape", [(768, 768, 512), (300, 264, 200), (130, 770, 96)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("precision", ["high", "highest"])
+@pytest.mark.parametrize("route", ["auto", "portable", "hopper", "skinny", "cublas"])
+def test_sums_are_written_over_what_they_are_added_to(route, precision, transposed, shape):
+    torch.set_float32_matmul_precision(precision)
+    m, n, k = (20, *shape[1:]) if route == "skinny" else shape
+    x, weight, to = randn(m, k), randn(*((k, n) if transposed else (n, k))), randn(m * n + 1)
+    truth = x.double() @ (weight if transposed else weight.t()).double()
+    for start in (0, 1):  # an address that is a multiple of 16 bytes, and one that is not
+        at = to[start : start + m * n].view(m, n)
+        expected, version = at + truth, at._version
+        static = Static(ADD, transposed, normwise=True, in_place=True)
+        with forced_route(route) if route != "auto" else contextlib.nullcontext():
+            try:
+                found = recipes.run(x, weight, None, [at], static)
+            except KernelError as refusal:
+                pytest.skip(str(refusal))
+        assert found[0] is at
+        assert at._version > version
+        assert error(at, expected) < (1e-3 if precision == "high" else 1e-6)
+
+
+@pytest.mark.parametrize("lets_go", ["x", "weight"])
+def test_memory_is_let_go_once_there_are_planes(lets_go, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("planes by the Hopper route")
+    static = Static(ADD, in_place=True, lets_go=lets_go)
+    for full in (False, True):
+        x, weight, to = randn(512, 1024), randn(768, 1024), randn(512, 768)
+        expected = to + x.double() @ weight.double().t()
+
+        def no_memory(*_, **__):
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+        if full:
+            monkeypatch.setattr(cuda, "split", no_memory)
+        with forced_route("hopper"):
+            (found,) = recipes.run(x, weight, None, [to], static)
+        kept = (x if lets_go == "x" else weight).untyped_storage().nbytes()
+        assert (kept > 0) == full
+        assert found is to
+        assert error(to, expected) < 1e-3
 
 
 # Precision settings ------------------------------------------------------------------------------

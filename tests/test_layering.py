@@ -16,7 +16,7 @@ ORDER = """
 ambient clone errors formulas frozen module ops preferences proxies timing cli program traits verify
 __main__ derivatives norms lower reference schedule simplify vjp spellings tracer capture library
 split patterns graphs layout transparent anchors infer groups routes cuda match keep recipes
-backward plan torch_ops autograd fused rewrite freeze report observe api
+backward plan torch_ops accumulate autograd fused rewrite freeze report observe api
 """.split()  # noqa: SIM905
 # Imported where it is needed only: the CUDA routes register themselves with nobody.
 LATE = {("routes", "cuda")}
