@@ -153,12 +153,19 @@ def test_tiles_in_turns_are_to_the_bit_those_of_both_warpgroups(size, dtype, tra
 
 @hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
 @pytest.mark.parametrize("size", [(300, 9000, 64), (1100, 5000, 392)], ids=str)
-def test_planes_in_turns_are_to_the_bit_those_of_both_warpgroups(size):
+def test_planes_in_turns_are_to_the_bit_those_of_both_warpgroups(size, transposed):
     m, n, k = size
-    x, weight = randn(m, k), randn(n, k)
-    runs = [run_tile(x, weight, None, [], "store acc", t, 1, planes=1) for t in (128, IN_TURNS)]
-    assert torch.equal(runs[0][0], runs[1][0])
+    x, weight, row, full = randn(m, k), randn(n, k), randn(n), randn(m, n)
+    stored = weight.t().contiguous() if transposed else weight
+    for program in ("store acc", CHAIN, KEEPS):
+        runs = [
+            run_tile(x, stored, None, [row, full], program, tile, 1, transposed, planes=1)
+            for tile in (128, IN_TURNS, IN_TURNS)
+        ]
+        for outputs in zip(*runs, strict=True):
+            assert all(torch.equal(outputs[0], output) for output in outputs[1:])
 
 
 @hopper

@@ -19,12 +19,11 @@ __host__ __device__ constexpr int AccumulatorIndex(int block, int h, int w) {
   return 4 * (4 * block + w / 2) + 2 * h + w % 2;
 }
 
-// A lane's accumulators of 16 rows and kBlocks times 32 columns, from `column` on, and of the
-// kParts
-// - 1 further such parts 64 rows below each other. The lane has the rows `row` and `row + 8` of a
-// part, and of each block eight columns: adjacent ones if `adjacent`, else two of every eight (then
-// nothing is of 32 bits). Operands and output are all of kDtype. Without kFullOperands every
-// operand is the same for all rows.
+// A lane's accumulators of kParts times 16 rows, 64 apart, and kBlocks times 32 columns, from
+// `column` on. The lane has the rows `row` and `row + 8` of the first part, and so on, and of each
+// block eight columns: adjacent ones if `adjacent`, else two of every eight (then nothing is of 32
+// bits). Operands and output are all of kDtype. Without kFullOperands every operand is the same for
+// all rows.
 template <class Math, int kDtype, int kBlocks, bool kFullOperands, int kParts = 1>
 class Chain {
  public:
@@ -99,8 +98,10 @@ class Chain {
         case ChainCode::store:
           if constexpr (kDtype == FXFUSE_F32) {
             StoreWide(output, output_stride, v);
-          } else {
+          } else if (adjacent_) {
             Store(output, output_stride, v);
+          } else {
+            StorePairs(output, output_stride, v);
           }
           if (++stores == program_.chain_stores) return;
           output = program_.output[program_.chain_output[stores]].data;
@@ -303,7 +304,7 @@ class Chain {
     return row;
   }
 
-  // Stores 16 bits.
+  // Stores adjacent columns of 16 bits.
   __device__ __forceinline__ void Store(void* output, int64_t output_stride,
                                         const Values& v) const {
     constexpr int kAtOnce = kBlocks < 4 ? kBlocks : 4;
@@ -314,29 +315,38 @@ class Chain {
       const int64_t row = Row(r);
       char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
       const int left = row < rows_ ? columns_left : 0;
-      if (adjacent_) {
 #pragma unroll
-        for (int first = 0; first < kBlocks; first += kAtOnce) {
-          uint32_t word[kAtOnce][kWords];
+      for (int first = 0; first < kBlocks; first += kAtOnce) {
+        uint32_t word[kAtOnce][kWords];
 #pragma unroll
-          for (int b = 0; b < kAtOnce; ++b) {
-            float eight[kWidth];
+        for (int b = 0; b < kAtOnce; ++b) {
+          float eight[kWidth];
 #pragma unroll
-            for (int w = 0; w < kWidth; ++w) eight[w] = v[Index(r / 2, first + b, r % 2, w)];
-            Pack(eight, word[b]);
-          }
-          store_vectors<kStep, 2 * kStep, 3 * kStep>(to + first * kStep,
-                                                     left * kBytes - first * kStep, word);
+          for (int w = 0; w < kWidth; ++w) eight[w] = v[Index(r / 2, first + b, r % 2, w)];
+          Pack(eight, word[b]);
         }
-      } else {
+        store_vectors<kStep, 2 * kStep, 3 * kStep>(to + first * kStep,
+                                                   left * kBytes - first * kStep, word);
+      }
+    }
+  }
+
+  // Stores two columns of every eight, of 16 bits.
+  __device__ __forceinline__ void StorePairs(void* output, int64_t output_stride,
+                                             const Values& v) const {
+    const int columns_left = ColumnsLeft();
 #pragma unroll
-        for (int i = 0; i < 4 * kBlocks; ++i) {
-          const int w = i % 4 * 2;
-          const float pair[] = {v[Index(r / 2, i / 4, r % 2, w)],
-                                v[Index(r / 2, i / 4, r % 2, w + 1)]};
-          if (i * kWidth >= left) continue;
-          StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
-        }
+    for (int r = 0; r < 2 * kParts; ++r) {
+      const int64_t row = Row(r);
+      char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
+      const int left = row < rows_ ? columns_left : 0;
+#pragma unroll
+      for (int i = 0; i < 4 * kBlocks; ++i) {
+        const int w = i % 4 * 2;
+        const float pair[] = {v[Index(r / 2, i / 4, r % 2, w)],
+                              v[Index(r / 2, i / 4, r % 2, w + 1)]};
+        if (i * kWidth >= left) continue;
+        StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
       }
     }
   }

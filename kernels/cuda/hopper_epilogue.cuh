@@ -93,14 +93,36 @@ template <class Config>
 using ChainOf = Chain<typename Config::Math, Config::kChainDtype, Config::kN / 32,
                       Config::kFullOperands, Config::kPingPong ? 2 : 1>;
 
+// Gives lanes adjacent columns of accumulators that have two of every eight.
+template <class Config>
+__device__ __forceinline__ void MakeAdjacent(typename ChainOf<Config>::Values& accumulator) {
+#pragma unroll
+  for (int first = 0; first < ChainOf<Config>::kSize; first += 16) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float eight[8];
+#pragma unroll
+      for (int w = 0; w < 8; ++w) eight[w] = accumulator[first + AccumulatorIndex(0, h, w)];
+      TransposeQuad(eight);
+#pragma unroll
+      for (int w = 0; w < 8; ++w) accumulator[first + AccumulatorIndex(0, h, w)] = eight[w];
+    }
+  }
+}
+
 // Brings accumulators of scaled planes back, of a chain: the number of columns is a multiple of 8.
+// Afterwards lanes have adjacent columns, however B lay.
 template <class Config>
 __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
                                             typename ChainOf<Config>::Values& accumulator, int row0,
                                             int column0) {
   constexpr int kRows = Config::kPingPong ? 4 : 2;  // of a lane
   const int row = row0 + threadIdx.x % 32 / 4;
-  const int column = column0 + threadIdx.x % 4 * 8;  // planes are always interleaved
+  // Planes that are not interleaved have no scales of columns.
+  if (!Interleaved(arguments)) MakeAdjacent<Config>(accumulator);
+  const int column = column0 + threadIdx.x % 4 * 8;
+  const int scaled =
+      arguments.root_b == nullptr ? 0 : static_cast<int>(arguments.program.columns) - column;
   float root_a[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -108,9 +130,10 @@ __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
   }
 #pragma unroll
   for (int block = 0; block < Config::kN / 32; ++block) {
-    uint32_t root_b[8] = {};
-    const int n = column + block * 32;
-    if (n < static_cast<int>(arguments.program.columns)) LoadWords(arguments.root_b + n, root_b);
+    uint32_t root_b[8];
+#pragma unroll
+    for (int w = 0; w < 8; ++w) root_b[w] = __float_as_uint(1.0f);
+    if (block * 32 < scaled) LoadWords(arguments.root_b + column + block * 32, root_b);
 #pragma unroll
     for (int w = 0; w < 8; ++w) {
 #pragma unroll

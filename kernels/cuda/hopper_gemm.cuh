@@ -42,7 +42,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
   const int warp_row = group * 64 + threadIdx.x / 32 % 4 * 16;
   const int rows = static_cast<int>(arguments.program.rows);
   ChainOf<Config> chain(arguments.program);
-  const bool adjacent = Interleaved(arguments);
+  const bool adjacent = Interleaved(arguments) || arguments.root_a != nullptr;
   RingPosition<Config> at;
   bool special = false;
   int round = 0;
@@ -70,8 +70,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
                                                origin.column, accumulator, at);
         }
       };
-      // Chains of planes are of a B [N, K] alone.
-      if (Config::kChainDtype == kNoChain && arguments.layout_b == LayoutB::kColumns) {
+      if (arguments.layout_b == LayoutB::kColumns) {
         multiply(std::integral_constant<Major, Major::kMN>());
       } else {
         multiply(std::integral_constant<Major, Major::kK>());
@@ -114,7 +113,7 @@ __device__ __forceinline__ void ConsumeInTurns(const HopperArguments& arguments,
   const int warp_row = threadIdx.x / 32 % 4 * 16;
   const int rows = static_cast<int>(arguments.program.rows);
   ChainOf<Config> chain(arguments.program);
-  const bool adjacent = Interleaved(arguments);
+  const bool adjacent = Interleaved(arguments) || arguments.root_a != nullptr;
   RingPosition<Config> at;
   if (group == 1) at.Skip(work.stages);
   await_turn();

@@ -224,8 +224,7 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
         },
         [&](const HopperKernel& k) { return BestDivision(k, problem, device).cost; });
   };
-  const bool turned_planes = problem.planes > 0 && problem.b_transposed;
-  const HopperKernel* kernel = best(turned_planes ? ChainTraits() : FindChain(problem, pointers));
+  const HopperKernel* kernel = best(FindChain(problem, pointers));
   if (kernel == nullptr) kernel = best(ChainTraits());
   if (kernel == nullptr) return {};
   const int split = BestDivision(*kernel, problem, device).split;

@@ -94,13 +94,19 @@ SplitMatrix Describe(const fxfuse_split& matrix) {
   return described;
 }
 
+// The columns that threads must cover of the widest of the matrices.
+int64_t Columns(const SplitArguments& arguments) {
+  int64_t columns = 0;
+  for (const SplitMatrix& matrix : arguments.matrix) {
+    columns = std::max<int64_t>(columns, matrix.plane_stride);
+  }
+  return columns;
+}
+
 // All in one launch of the kernel the widest of them needs.
 fxfuse_status LaunchRows(const char* call, const DeviceLimits& device, SplitArguments* arguments,
                          void* stream) {
-  int64_t columns = 0;
-  for (const SplitMatrix& matrix : arguments->matrix) {
-    columns = std::max<int64_t>(columns, matrix.plane_stride);
-  }
+  const int64_t columns = Columns(*arguments);
   int best = 0;
   while (SplitRowsKernelAt(best).capacity < columns) ++best;
   const SplitKernel& kernel = SplitRowsKernelAt(best).kernel;
@@ -117,6 +123,24 @@ fxfuse_status LaunchRows(const char* call, const DeviceLimits& device, SplitArgu
   }
   const LaunchConfig config(device, blocks, kernel.threads, 0, stream);
   return Launch(call, kernel.name, kernel.function, config, arguments);
+}
+
+// All in one launch of the kernel the widest of them needs, which there must be.
+fxfuse_status LaunchStrips(const char* call, const DeviceLimits& device, SplitArguments* arguments,
+                           void* stream) {
+  const int64_t columns = Columns(*arguments);
+  int best = 0;
+  while (SplitStripsKernelAt(best).capacity < columns) ++best;
+  const SplitStripsKernel& strips = SplitStripsKernelAt(best);
+  int64_t blocks = 0;
+  for (SplitMatrix& matrix : arguments->matrix) {
+    matrix.blocks = static_cast<int32_t>(CeilDivide(matrix.rows, strips.rows));
+    blocks += matrix.blocks;
+  }
+  const int64_t threads = CeilDivide(columns * strips.kernel.threads, strips.capacity);
+  const LaunchConfig config(device, blocks, static_cast<int>(CeilDivide(threads, 32) * 32), 0,
+                            stream);
+  return Launch(call, strips.kernel.name, strips.kernel.function, config, arguments);
 }
 
 fxfuse_status Zero(const char* call, const char* what, void* data, int64_t count, void* stream) {
@@ -163,9 +187,11 @@ fxfuse_status CheckSplit(const char* call, const fxfuse_split* matrices, int cou
 }
 
 fxfuse_status PrepareSplit(const char* call) {
-  const SplitKernel* kernels[kSplitRowsKernels + 2] = {&SplitMaximaKernel().kernel,
-                                                       &SplitTilesKernel().kernel};
-  for (int i = 0; i < kSplitRowsKernels; ++i) kernels[2 + i] = &SplitRowsKernelAt(i).kernel;
+  constexpr int kOthers = 2 + kSplitStripsKernels;
+  const SplitKernel* kernels[kSplitRowsKernels + kOthers] = {&SplitMaximaKernel().kernel,
+                                                             &SplitTilesKernel().kernel};
+  for (int i = 0; i < kSplitStripsKernels; ++i) kernels[2 + i] = &SplitStripsKernelAt(i).kernel;
+  for (int i = 0; i < kSplitRowsKernels; ++i) kernels[kOthers + i] = &SplitRowsKernelAt(i).kernel;
   for (const SplitKernel* kernel : kernels) {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel->function);
@@ -176,19 +202,25 @@ fxfuse_status PrepareSplit(const char* call) {
 
 fxfuse_status LaunchSplit(const char* call, const DeviceLimits& device,
                           const fxfuse_split* matrices, int count, void* stream) {
-  SplitArguments rows = {};
-  int row_matrices = 0;
-  for (int i = 0; i < count; ++i) {
+  SplitArguments rows = {}, strips = {};
+  int row_matrices = 0, strip_matrices = 0;
+  fxfuse_status status = FXFUSE_OK;
+  for (int i = 0; status == FXFUSE_OK && i < count; ++i) {
     if (matrices[i].rows == 0) continue;
     const SplitMatrix matrix = Describe(matrices[i]);
     if (AdjacentColumns(matrices[i])) {
       rows.matrix[row_matrices++] = matrix;
-      continue;
+    } else if (matrix.plane_stride <= SplitStripsKernelAt(kSplitStripsKernels - 1).capacity) {
+      strips.matrix[strip_matrices++] = matrix;
+    } else {
+      status = LaunchColumns(call, device, matrix, stream);
     }
-    const fxfuse_status status = LaunchColumns(call, device, matrix, stream);
-    if (status != FXFUSE_OK) return status;
   }
-  return row_matrices == 0 ? FXFUSE_OK : LaunchRows(call, device, &rows, stream);
+  if (status == FXFUSE_OK && strip_matrices > 0) {
+    status = LaunchStrips(call, device, &strips, stream);
+  }
+  if (status == FXFUSE_OK && row_matrices > 0) status = LaunchRows(call, device, &rows, stream);
+  return status;
 }
 
 }  // namespace fxfuse

@@ -25,7 +25,7 @@ struct SplitMatrix {
   int32_t planes;
   int64_t plane_size;  // of one plane, in elements
   int32_t log2_lanes;  // SplitRows: threads that share a row
-  int32_t blocks;      // SplitRows: blocks that take this matrix
+  int32_t blocks;      // SplitRows and SplitStrips: blocks that take this matrix
 };
 
 struct SplitArguments {
@@ -50,9 +50,21 @@ struct SplitRowsKernel {
 constexpr int kSplitRowsKernels = 4;
 const SplitRowsKernel& SplitRowsKernelAt(int i);  // by capacity
 
-// The two steps for a matrix with adjacent rows; each takes one SplitMatrix. The first needs root
-// (and special) zeroed, and leaves in root what only the second understands. Tiles of a step are
-// numbered along the rows first.
+// Splits matrices with adjacent rows, of up to `capacity` columns; takes SplitArguments. A block has
+// a strip of `rows` of them: the fewer, the more columns fit, and the shorter are its reads. `threads`
+// is what the capacity takes. (32 rows of 1024 columns take all registers of an SM, and 37 us on an
+// H200 where two blocks of 16 rows take 33.)
+struct SplitStripsKernel {
+  SplitKernel kernel;
+  int32_t capacity;
+  int rows;
+};
+constexpr int kSplitStripsKernels = 2;
+const SplitStripsKernel& SplitStripsKernelAt(int i);  // by capacity
+
+// The two steps for a matrix with adjacent rows and more columns; each takes one SplitMatrix. The
+// first needs root (and special) zeroed, and leaves in root what only the second understands. Tiles
+// of a step are numbered along the rows first.
 struct SplitColumnsKernel {
   SplitKernel kernel;
   int tile_rows;

@@ -2,8 +2,8 @@
 // contract.
 //
 // All of it is bound by memory: a row is read once into registers, its largest element settles the
-// scale, and the planes are written from the registers. Only a matrix whose rows are adjacent
-// instead of its columns, and rows beyond any block's registers, are read twice.
+// scale, and the planes are written from the registers. Only rows beyond any block's registers are
+// read twice: where rows are adjacent instead of columns, those of more than 4096 columns.
 
 #include "memory.cuh"
 #include "ptx.cuh"
@@ -17,6 +17,7 @@ constexpr int kWidth = 8;
 constexpr int kGroups = kSplitElements / kWidth;
 // Of an SM; 64 registers each, and 128 KB of loads under way.
 constexpr int kResidentThreads = 1024;
+constexpr int kMostStripThreads = 1024;
 
 constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr uint32_t kSign = 0x80000000u;
@@ -116,6 +117,21 @@ __device__ __forceinline__ void LoadAll(const float* from, float (&values)[kCoun
   for (int i = 0; i < kCount; ++i) values[i] = __uint_as_float(word[i]);
 }
 
+// Stores adjacent elements of a row, from `column` on, in each plane.
+__device__ __forceinline__ void StoreEight(const SplitMatrix& matrix, int64_t row, int column,
+                                           const float (&values)[kWidth], float factor) {
+  uint16_t* const hi = matrix.plane + row * matrix.plane_stride + column;
+  const bool two = matrix.planes == 2;
+  uint32_t high[kWidth / 2], low[kWidth / 2];
+#pragma unroll
+  for (int i = 0; i < kWidth / 2; ++i) {
+    const Pair pair = SplitPair(values[2 * i], values[2 * i + 1], factor, two);
+    high[i] = pair.hi, low[i] = pair.lo;
+  }
+  StoreWords(hi, high);
+  if (two) StoreWords(hi + matrix.plane_size, low);
+}
+
 // What one thread holds of a row: kGroups times kWidth adjacent columns, `lanes` threads apart.
 class RowPiece {
  public:
@@ -172,21 +188,11 @@ class RowPiece {
 
   __device__ __forceinline__ void Store(const SplitMatrix& matrix, int64_t row, int first, int step,
                                         float factor) const {
-    uint16_t* const hi = matrix.plane + row * matrix.plane_stride;
-    uint16_t* const lo = hi + matrix.plane_size;
-    const bool two = matrix.planes == 2;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int column = first + g * step;
       if (column >= matrix.plane_stride) break;
-      uint32_t high[kWidth / 2], low[kWidth / 2];
-#pragma unroll
-      for (int i = 0; i < kWidth / 2; ++i) {
-        const Pair pair = SplitPair(values_[g][2 * i], values_[g][2 * i + 1], factor, two);
-        high[i] = pair.hi, low[i] = pair.lo;
-      }
-      StoreWords(hi + column, high);
-      if (two) StoreWords(lo + column, low);
+      StoreEight(matrix, row, column, values_[g], factor);
     }
   }
 
@@ -268,6 +274,71 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
 
 // Matrices with adjacent rows ---------------------------------------------------------------------
 
+// A strip of 4 * kRowLanes rows in the registers of one block: a thread has four rows of eight
+// adjacent columns, and so stores 16 bytes of each row.
+template <int kRowLanes>
+__global__ void __launch_bounds__(kMostStripThreads, kResidentThreads / kMostStripThreads)
+    SplitStrips(const __grid_constant__ SplitArguments arguments) {
+  // Setup.
+  constexpr int kRows = 4 * kRowLanes;
+  __shared__ uint32_t largest[kRows], special[kRows];
+  const int first_blocks = arguments.matrix[0].blocks;
+  const int which = static_cast<int>(blockIdx.x) >= first_blocks;
+  const SplitMatrix& matrix = arguments.matrix[which];
+  const int first_row = (static_cast<int>(blockIdx.x) - (which ? first_blocks : 0)) * kRows;
+  const int own = static_cast<int>(threadIdx.x) % kRowLanes * 4;  // of the strip's rows
+  const int column = static_cast<int>(threadIdx.x) / kRowLanes * kWidth;
+  const int valid = matrix.rows - first_row - own;
+  const float* const source = matrix.source + first_row + own;
+  const bool whole = valid >= 4 && Aligned16(source) && matrix.stride % 4 == 0;
+  if (threadIdx.x < kRows) largest[threadIdx.x] = special[threadIdx.x] = 0;
+  await_turn();
+
+  // Load, and the largest element of each row.
+  float values[4][kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const bool inside = column + i < matrix.k;
+    const float* const from = source + (column + i) * matrix.stride;
+    float four[4] = {};
+    if (whole) {
+      if (inside) LoadAll(from, four);
+    } else {
+      LoadSome(from, inside ? valid : 0, four);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) values[r][i] = four[r];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    bool odd = false;
+    uint32_t mine = LargestFinite(values[r], &odd);
+    if (odd) special[own + r] = 1;
+#pragma unroll
+    for (int offset = kRowLanes; offset < 32; offset *= 2) {
+      mine = max(mine, __shfl_xor_sync(~0u, mine, offset));
+    }
+    if (threadIdx.x % 32 < kRowLanes) atomicMax(&largest[own + r], mine);
+  }
+  __syncthreads();
+
+  // Scale and store.
+  if (column >= matrix.plane_stride) return;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    if (r >= valid) return;
+    const int64_t row = first_row + own + r;
+    const int half = HalfExponent(largest[own + r]);
+    if (column == 0) {
+      matrix.root[row] = PowerOfTwo(half);
+      if (matrix.special != nullptr) matrix.special[row] = static_cast<int32_t>(special[own + r]);
+    }
+    StoreEight(matrix, row, column, values[r], PowerOfTwo(-half));
+  }
+}
+
+// Any number of columns, in two steps.
 constexpr int kColumnThreads = 256;
 
 // Four rows of one column; those from `valid` on are 0.
@@ -413,6 +484,13 @@ SplitRowsKernel DescribeRows(const char* name) {
           kWhole ? kThreads * kSplitElements : INT32_MAX};
 }
 
+template <int kRowLanes>
+SplitStripsKernel DescribeStrips(const char* name) {
+  return {{name, reinterpret_cast<const void*>(&SplitStrips<kRowLanes>), kMostStripThreads},
+          kMostStripThreads / kRowLanes * kWidth,
+          4 * kRowLanes};
+}
+
 }  // namespace
 
 static_assert(FXFUSE_MAX_FACTOR_COLUMNS <= 1024 * kSplitElements, "a kernel that takes factors");
@@ -424,6 +502,14 @@ const SplitRowsKernel& SplitRowsKernelAt(int i) {
       DescribeRows<1024, true>("split_rows_1024"),
       // One row on an SM at a time: the second reading of all of them together is served by the L2.
       DescribeRows<1024, false>("split_rows_twice"),
+  };
+  return kernels[i];
+}
+
+const SplitStripsKernel& SplitStripsKernelAt(int i) {
+  static const SplitStripsKernel kernels[kSplitStripsKernels] = {
+      DescribeStrips<4>("split_strips_16"),
+      DescribeStrips<2>("split_strips_8"),
   };
   return kernels[i];
 }
