@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from . import frozen, library
 from .infer import Call, Result, Tensors, infer
 from .library import (
+    DTYPES,
     POINTER_OPERAND,
     POINTER_OUTPUT,
     POINTER_ROOTS,
@@ -41,6 +43,7 @@ from .routes import (
     reference_run,
     rows_and_columns,
     tf32_allowed,
+    total_of_parts,
 )
 from .split import MAX_FACTOR_COLUMNS, Planes, plane_stride, split, split_against
 
@@ -119,7 +122,8 @@ def _pointwise_recipe(
     if product is not None and product.route != "cublas":
         route = f"{product.route}, pointwise"
     by = None if product is None else product.run
-    run = pointwise_run(call, result, layouts, fixes, lib, problem, launch, by)
+    add_up = functools.partial(_total_of_parts, lib)
+    run = pointwise_run(call, result, layouts, fixes, lib, problem, launch, by, add_up)
     return Recipe(route, None, run)
 
 
@@ -213,15 +217,37 @@ def _launcher(
 
 
 def _launch(lib, entry, described, device, chain, pointers):  # type: ignore[no-untyped-def]
-    """Enqueue on the current stream of `device`."""
-    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
-    if torch._C._cuda_getDevice() == device:
-        status = entry(described, pointers, stream)
-    else:
-        with torch.cuda.device(device):
-            status = entry(described, pointers, stream)
+    status = _enqueue(entry, device, described, pointers)
     if status:
         lib.check(status, f"fxfuse_cuda_run for {chain}")
+
+
+def _enqueue(entry: Callable[..., int], device: int, *arguments: Any) -> int:
+    """What `entry(*arguments, stream)` returns, for the current stream of `device`."""
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+    if torch._C._cuda_getDevice() == device:
+        return entry(*arguments, stream)
+    with torch.cuda.device(device):
+        return entry(*arguments, stream)
+
+
+def _total_of_parts(lib: Library, parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`routes.total_of_parts` in one launch of ours, which takes a third of the time of torch's."""
+    count, p, n = parts.shape
+    if p == 1 or parts.dtype != torch.float32:
+        return total_of_parts(parts, dtype)
+    sums = parts.new_empty((count, n), dtype=dtype)
+    status = _enqueue(
+        lib.handle.fxfuse_cuda_add_parts,
+        parts.get_device(),
+        ctypes.c_void_p(parts.data_ptr()),
+        *map(ctypes.c_int64, parts.shape),
+        ctypes.c_void_p(sums.data_ptr()),
+        DTYPES[dtype],
+    )
+    if status:
+        lib.check(status, "fxfuse_cuda_add_parts")
+    return sums
 
 
 def _gemm_recipe(

@@ -24,7 +24,7 @@ from .ops import GROUP_OPS, KERNEL_OPS, OPS
 from .program import Program
 from .vjp import Reduction
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPES = {
     torch.float32: 0,
     torch.float16: 1,

@@ -69,4 +69,4 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "cublas"  # all of the time goes into adding up what many blocks have of K
     # Few tiles and a long K: cuBLAS divides K with less to add up, but for the longest.
     few_tiles = m >= 256 and -(-m // 128) * -(-n // 128) <= 64
-    return "cublas" if few_tiles and k >= 4 * n and (m > 512 or k < 16 * n) else "auto"
+    return "cublas" if few_tiles and k > 4 * n and (m > 512 or k < 16 * n) else "auto"

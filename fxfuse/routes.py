@@ -141,6 +141,11 @@ def reduced(matrix: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     return flat.sum(0 if reduction is Reduction.ROWS else 1, dtype=wide)
 
 
+def total_of_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What several sums [S, P, N], each in P parts, come to: [S, N] of `dtype`, by torch's ops."""
+    return (parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]).to(dtype)
+
+
 def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a tensor and a strided one have the same storage."""
     return a is b or (
@@ -318,16 +323,17 @@ def pointwise_run(
     problem: ProblemStruct,
     launch: Callable[[ctypes.Array], None],
     product: Run | None = None,
+    add_up: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = total_of_parts,
 ) -> Run:
     """Run the product by `product` or torch, then the program over it by `launch(pointers)`.
 
-    problem: what `launch` runs. Where the call has a product its memory is one of the outputs, so
-    nothing else is allocated.
+    problem: what `launch` runs. add_up: what adds up the parts of sums over rows. Where the call
+    has a product its memory is one of the outputs, so nothing else is allocated.
     """
     transposed, held = call.transposed, product_output(call, result)
     reused = in_place_output(result) if call.weight is not None and held is None else None
     reductions = {i: r for i, r in enumerate(result.reductions) if r is not Reduction.NONE}
-    # Sums over rows lie in one tensor, whose parts torch adds up in one go.
+    # Sums over rows lie in one tensor, whose parts are added up in one go.
     by_rows = [i for i, r in reductions.items() if r is Reduction.ROWS]
     place_in_sums = {index: place for place, index in enumerate(by_rows)}
     sum_dtypes = {result.dtypes[i] for i in by_rows}
@@ -382,8 +388,7 @@ def pointwise_run(
             total = reduced(outputs[index], reduction)
             outputs[index] = total.to(result.dtypes[index])
         if sums is not None:
-            totals = sums.sum(1) if p > 1 else sums[:, 0]
-            rounded = {dtype: totals.to(dtype) for dtype in sum_dtypes}
+            rounded = {dtype: add_up(sums, dtype) for dtype in sum_dtypes}
             for index, place in place_in_sums.items():
                 outputs[index] = rounded[result.dtypes[index]][place]
         return outputs

@@ -236,8 +236,10 @@ def norm_cases() -> Iterator[tuple[str, bool]]:
 
 
 def split_cases() -> Iterator[tuple[str, bool]]:
-    """Rows in registers, rows read twice and turned tiles; each beside a matrix of few columns."""
-    for planes, (m, k) in itertools.product((1, 2), ((3, 40000), (130, 264), (67, 33), (9, 9001))):
+    """Rows and strips in registers, rows read twice and turned tiles; each beside a matrix of few
+    columns."""
+    sizes = ((3, 40000), (130, 264), (67, 33), (70, 3000), (9, 9001))
+    for planes, (m, k) in itertools.product((1, 2), sizes):
         for turned in (False, True):
             shape = (k, m + 1) if turned else (m, k + 1)
             wide = randn(*shape, dtype=torch.float32)[:, 1:]

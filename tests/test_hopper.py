@@ -55,7 +55,8 @@ def _seeded():
 
 def test_preferred_route_of_hopper():
     assert preferred_route((9, 0), 1024, 8192, 8192) == "auto"
-    assert preferred_route((9, 0), 512, 1024, 4096) == "cublas"
+    assert preferred_route((9, 0), 512, 1024, 4096) == "auto"
+    assert preferred_route((9, 0), 1024, 512, 16384) == "cublas"
     assert preferred_route((9, 0), 256, 512, 16384) == "auto"
     assert preferred_route((9, 0), 16, 512, 16384) == "cublas"
     assert preferred_route((9, 0), 512, 1024, 1024) == "auto"

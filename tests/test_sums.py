@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers_abi import Cpu, Step, path
 
-from fxfuse import library, recipes
+from fxfuse import cuda, library, recipes
+from fxfuse.errors import LibraryError
 from fxfuse.infer import Store
 from fxfuse.library import Gemm
 from fxfuse.program import parse
@@ -143,6 +144,22 @@ def test_sums_do_not_depend_on_threads_or_instruction_sets(
     assert all(torch.equal(a, b) for sums in found for a, b in zip(sums, found[0], strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 2, 1), (3, 9, 33), (2, 66, 8192), (5, 1000, 70)], ids=str)
+def test_parts_are_added_up(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    lib = library.find("fxfuse_cuda")
+    assert isinstance(lib, library.Library)
+    parts = randn(*size).cuda()
+    found = [cuda._total_of_parts(lib, parts, dtype) for _ in range(2)]
+    assert torch.equal(*found)
+    assert found[0].dtype == dtype
+    errors = (found[0].double() - parts.double().sum(1)).abs()
+    exact = 2.0**-20 * parts.double().abs().sum(1)
+    assert (errors <= exact + torch.finfo(dtype).eps * found[0].double().abs()).all()
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
@@ -182,3 +199,33 @@ def test_a_problem_with_a_gemm_takes_no_sums() -> None:
     assert status == library.STATUS_UNSUPPORTED
     message = lib.handle.fxfuse_last_error().decode()
     assert message == "fxfuse_cpu_run: output[0].sum=1, a problem with a GEMM takes none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((64, -1, 2, 8, 64, 0), "count=-1, expected 0 to 2147483647"),
+        ((64, 1, 0, 8, 64, 0), "parts=0, expected 1 to 2147483647"),
+        ((64, 1, 2, 2**31, 64, 0), "n=2147483648, expected 0 to 2147483647"),
+        ((64, 1, 2, 8, 64, 4), "dtype=4, expected f32 (0), f16 (1) or bf16 (2)"),
+        ((None, 1, 2, 8, 64, 0), "source=null, expected an address"),
+        ((64, 1, 2, 8, None, 0), "sums=null, expected an address"),
+    ],
+)
+def test_parts_that_cannot_be_added_up_are_named(arguments: tuple, message: str) -> None:
+    """Checked before any device is asked for, so the addresses need not be of one."""
+    lib = library.find("fxfuse_cuda")
+    if isinstance(lib, LibraryError):
+        pytest.skip(str(lib))
+    source, count, parts, n, sums, dtype = arguments
+    status = lib.handle.fxfuse_cuda_add_parts(
+        ctypes.c_void_p(source),
+        ctypes.c_int64(count),
+        ctypes.c_int64(parts),
+        ctypes.c_int64(n),
+        ctypes.c_void_p(sums),
+        dtype,
+        None,
+    )
+    assert status == 1
+    assert lib.handle.fxfuse_last_error().decode() == f"fxfuse_cuda_add_parts: {message}"

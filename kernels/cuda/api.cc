@@ -203,6 +203,37 @@ fxfuse_status fxfuse_cuda_partials(const fxfuse_problem* problem, int64_t* p, in
   return FXFUSE_OK;
 }
 
+fxfuse_status fxfuse_cuda_add_parts(const float* source, int64_t count, int64_t parts, int64_t n,
+                                    void* sums, int32_t dtype, void* stream) {
+  constexpr const char* kCall = "fxfuse_cuda_add_parts";
+  constexpr int64_t kMost = INT32_MAX;
+  const struct {
+    const char* field;
+    int64_t value, least;
+  } sizes[] = {{"count", count, 0}, {"parts", parts, 1}, {"n", n, 0}};
+  for (const auto& [field, value, least] : sizes) {
+    if (value >= least && value <= kMost) continue;
+    return fxfuse::Fail(FXFUSE_BAD_ARGUMENT, "%s: %s=%lld, expected %lld to %lld", kCall, field,
+                        static_cast<long long>(value), static_cast<long long>(least),
+                        static_cast<long long>(kMost));
+  }
+  if (dtype != FXFUSE_F32 && dtype != FXFUSE_F16 && dtype != FXFUSE_BF16) {
+    return fxfuse::Fail(FXFUSE_BAD_ARGUMENT,
+                        "%s: dtype=%d, expected f32 (%d), f16 (%d) or bf16 (%d)", kCall, dtype,
+                        FXFUSE_F32, FXFUSE_F16, FXFUSE_BF16);
+  }
+  if (count == 0 || n == 0) return FXFUSE_OK;
+  if (source == nullptr || sums == nullptr) {
+    return fxfuse::Fail(FXFUSE_BAD_ARGUMENT, "%s: %s=null, expected an address", kCall,
+                        source == nullptr ? "source" : "sums");
+  }
+  const fxfuse::Device* device;
+  const fxfuse_status status = fxfuse::CurrentDevice(kCall, &device);
+  if (status != FXFUSE_OK) return status;
+  fxfuse::AddPartsArguments arguments = {source, sums, n, static_cast<int32_t>(parts), dtype, 0};
+  return fxfuse::LaunchAddParts(kCall, device->limits, count, &arguments, stream);
+}
+
 fxfuse_status fxfuse_cuda_split(const fxfuse_split* matrices, int count, void* stream) {
   constexpr const char* kCall = "fxfuse_cuda_split";
   fxfuse_status status = fxfuse::CheckSplit(kCall, matrices, count);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <mutex>
 
+#include "add_parts.h"
 #include "hopper_launch.h"
 #include "skinny_launch.h"
 #include "split.h"
@@ -91,9 +92,12 @@ fxfuse_status Prepare(const char* call, int index, Device* device) {
   // What runs may have been compiled for an older architecture, where a kernel cannot wait.
   const PointwiseKernel& any = PointwiseKernelFor(MathLevel::kFast, PointwiseKind::kPlain);
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, any.function);
+  cudaError_t error = cudaFuncGetAttributes(&attributes, any.function);
   if (error != cudaSuccess) return CudaFailure(call, any.name, error);
   device->limits.turns = attributes.ptxVersion >= 90;
+  const AddPartsKernel& add_parts = TheAddPartsKernel();
+  error = cudaFuncGetAttributes(&attributes, add_parts.function);
+  if (error != cudaSuccess) return CudaFailure(call, add_parts.name, error);
   fxfuse_status status = PreparePortable(call, device->limits);
   if (status == FXFUSE_OK && device->limits.hopper) status = PrepareHopper(call, &device->limits);
   if (status == FXFUSE_OK) status = PrepareSkinny(call, device->limits);

@@ -96,6 +96,14 @@ void PartialSums(const fxfuse_problem& problem, const Device& device, const Poin
   *q = strips.q;
 }
 
+fxfuse_status LaunchAddParts(const char* call, const DeviceLimits& device, int64_t count,
+                             AddPartsArguments* arguments, void* stream) {
+  const AddPartsKernel& kernel = TheAddPartsKernel();
+  arguments->columns = static_cast<int32_t>(CeilDivide(arguments->n, kernel.columns));
+  const LaunchConfig config(device, count * arguments->columns, kernel.threads, 0, stream);
+  return Launch(call, kernel.name, kernel.function, config, arguments);
+}
+
 fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
                              const DeviceLimits& device, const PortableKernel& kernel,
                              void* stream) {

@@ -3,6 +3,7 @@
 #ifndef FXFUSE_CUDA_LAUNCH_H_
 #define FXFUSE_CUDA_LAUNCH_H_
 
+#include "add_parts.h"
 #include "device.h"
 
 namespace fxfuse {
@@ -40,6 +41,9 @@ fxfuse_status LaunchPointwise(const char* call, const fxfuse_problem& problem,
 // The parts into which LaunchPointwise divides a problem with sums.
 void PartialSums(const fxfuse_problem& problem, const Device& device, const PointwiseKernel& kernel,
                  int64_t* p, int64_t* q);
+// Enqueues fxfuse_cuda_add_parts, of checked arguments.
+fxfuse_status LaunchAddParts(const char* call, const DeviceLimits& device, int64_t count,
+                             AddPartsArguments* arguments, void* stream);
 fxfuse_status LaunchPortable(const char* call, const fxfuse_problem& problem, void* const* pointers,
                              const DeviceLimits& device, const PortableKernel& kernel,
                              void* stream);

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 // Raised whenever a struct below or the meaning of a field changes.
-#define FXFUSE_ABI_VERSION 4
+#define FXFUSE_ABI_VERSION 5
 
 #define FXFUSE_MAX_INSTRUCTIONS 48
 #define FXFUSE_MAX_OPERANDS 8
@@ -231,6 +231,12 @@ FXFUSE_API fxfuse_status fxfuse_cuda_run(const fxfuse_problem* problem, void* co
 FXFUSE_API fxfuse_status fxfuse_cuda_partials(const fxfuse_problem* problem, int64_t* p,
                                               int64_t* q);
 
+// Enqueues the last step of sums over rows on `stream` (a cudaStream_t) of the current device: adds
+// up the `parts` rows of each of `count` matrices [parts, n] of fp32, one behind the other, in the
+// same order at each call, and stores `sums` [count, n] of `dtype` (F32, F16 or BF16).
+FXFUSE_API fxfuse_status fxfuse_cuda_add_parts(const float* source, int64_t count, int64_t parts,
+                                               int64_t n, void* sums, int32_t dtype, void* stream);
+
 // An fp32 matrix S [rows, k] and where its fp16 planes go. Element (r, c) of S is
 //   source[r * row_stride + c * column_stride] * factor[c]^2
 // with strides in elements, one of them 1. With m the largest finite magnitude of row r and e the
@@ -262,7 +268,8 @@ typedef struct {
 } fxfuse_split;
 
 // Enqueues the splitting of 1 to FXFUSE_MAX_SPLITS matrices on `stream` (a cudaStream_t) of the
-// current device: one launch for all those of column_stride 1.
+// current device: one launch for all those of column_stride 1, and one for the others of up to 4096
+// columns.
 FXFUSE_API fxfuse_status fxfuse_cuda_split(const fxfuse_split* matrices, int count, void* stream);
 
 #ifdef __cplusplus
