@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -114,16 +114,19 @@ def turns_cases() -> Iterator[tuple[str, bool]]:
         yield f"hopper in turns {dtype} {m}x{n}x{k}", right
 
 
-def planes_cases(route: str) -> Iterator[tuple[str, bool]]:
-    """fp32 products on one and two planes of fp16, and of two with special rows."""
+def planes_cases(
+    route: str, counts: Sequence[int] = (2,), turned: bool = False
+) -> Iterator[tuple[str, bool]]:
+    """fp32 products on so many planes of fp16, and of two with special rows; of a weight [K, N]
+    where `turned`."""
     program = "t1 = silu acc; store t1"
     sizes = ((130, 264, 520), (9, 50, 77))
     if route == "hopper":
-        cases = [*itertools.product((1, 2), TILES, SPLITS, sizes)]
+        cases = [*itertools.product(counts, TILES, SPLITS, sizes)]
     else:  # the last two take the larger tiles on an H200
-        cases = [(2, 0, 0, size) for size in (*sizes, (630, 3580, 136), (1000, 4001, 264))]
-    turns = (False, True) if route == "hopper" else (False,)
-    for (planes, tile, division, (m, n, k)), turned in itertools.product(cases, turns):
+        larger = ((630, 3580, 136), (1000, 4001, 264))
+        cases = [*itertools.product(counts, (0,), (0,), (*sizes, *larger))]
+    for planes, tile, division, (m, n, k) in cases:
         x, weight, bias = (randn(*s, dtype=torch.float32) for s in ((m, k), (n, k), (n,)))
         for special in (False, True)[:planes]:
             if special:
@@ -264,9 +267,12 @@ GROUPS: dict[str, Callable[[], Iterator[tuple[str, bool]]]] = {
     "planes": functools.partial(planes_cases, "portable"),
     "hopper": hopper_cases,
     "turns": turns_cases,
-    "hopper-planes": functools.partial(planes_cases, "hopper"),
+    "hopper-1-plane": functools.partial(planes_cases, "hopper", (1,)),
+    "hopper-1-turned": functools.partial(planes_cases, "hopper", (1,), True),
+    "hopper-2-planes": functools.partial(planes_cases, "hopper", (2,)),
+    "hopper-2-turned": functools.partial(planes_cases, "hopper", (2,), True),
 }
-ON_HOPPER = ("hopper", "turns", "hopper-planes")
+ON_HOPPER = frozenset(name for name in GROUPS if name.startswith("hopper")) | {"turns"}
 
 
 def main(names: list[str]) -> int:

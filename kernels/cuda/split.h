@@ -50,10 +50,10 @@ struct SplitRowsKernel {
 constexpr int kSplitRowsKernels = 4;
 const SplitRowsKernel& SplitRowsKernelAt(int i);  // by capacity
 
-// Splits matrices with adjacent rows, of up to `capacity` columns; takes SplitArguments. A block has
-// a strip of `rows` of them: the fewer, the more columns fit, and the shorter are its reads. `threads`
-// is what the capacity takes. (32 rows of 1024 columns take all registers of an SM, and 37 us on an
-// H200 where two blocks of 16 rows take 33.)
+// Splits matrices with adjacent rows, of up to `capacity` columns; takes SplitArguments. A block
+// has a strip of `rows` of them: the fewer, the more columns fit, and the shorter are its reads.
+// `threads` is what the capacity takes. (32 rows of 1024 columns take all registers of an SM, and
+// 37 us on an H200 where two blocks of 16 rows take 33.)
 struct SplitStripsKernel {
   SplitKernel kernel;
   int32_t capacity;
