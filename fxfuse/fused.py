@@ -36,7 +36,8 @@ def _never() -> bool:
 
 
 _C = torch._C
-_compiling = torch.compiler.is_compiling
+# torch.compiler has it from 2.3 on.
+_compiling = getattr(torch.compiler, "is_compiling", torch._utils.is_compiling)
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch_ops.dispatch_modes
 _function_modes = getattr(_C, "_len_torch_function_stack", _never)
@@ -44,6 +45,14 @@ _transforms = getattr(_C, "_are_functorch_transforms_active", _never)
 _tracing = getattr(_C, "_get_tracing_state", _never)
 _autocast = torch_ops.any_autocast
 _forward_ad = torch.autograd.forward_ad
+
+
+def _compiled_in_transform() -> bool:
+    """`_transforms`, while torch.compile traces: Dynamo cannot trace that before torch 2.3."""
+    return bool(_transforms())
+
+
+_compiled_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fused_linear(
@@ -100,7 +109,7 @@ def unfused_linear(
 def _call(x: Any, weight: Any, bias: Any, operands: Sequence[Any], static: Static) -> Any:
     serve: Callable[..., Any]
     if _compiling():
-        if _transforms() or not all(isinstance(o, torch.Tensor) for o in operands):
+        if _compiled_in_transform() or not all(isinstance(o, torch.Tensor) for o in operands):
             serve = torch_ops.by_reference
         else:
             serve = _staged if any(static.dropout) else torch_ops.dispatch

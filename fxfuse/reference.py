@@ -39,7 +39,7 @@ def resume(
 ) -> tuple[torch.Tensor, ...]:
     """The program's outputs from instruction `start` on, given the values needed from before."""
     known: dict[int, Any] = dict(values)
-    for index, instruction in enumerate(program.instructions[start:], start=start + 1):
+    for index, instruction in enumerate(program.instructions[start:], start + 1):
         args: list[Any] = [
             known[a.index]
             if isinstance(a, Value)

@@ -68,9 +68,17 @@ def _replace(
         if isinstance(source, fx.Node) and source in replaced:
             node.replace_input_with(source, results[0])
     feeds = {source for node in replaced for source in node.all_input_nodes} - replaced
-    for node in sorted(replaced, reverse=True):
-        graph.erase_node(node)
+    _erase_together(graph, replaced)
     _erase_unused(graph, feeds)
+
+
+def _erase_together(graph: fx.Graph, nodes: set[fx.Node]) -> None:
+    """Erase nodes that have no users but each other."""
+    left = nodes
+    while left:
+        for node in (unused := {n for n in left if not n.users}):
+            graph.erase_node(node)
+        left = left - unused
 
 
 def _replace_product(

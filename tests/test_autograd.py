@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers_abi import path
 from helpers_numerics import doubled, errors, gradients_of, no_worse
 from helpers_programs import random_program
+from helpers_torch import since
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -665,6 +666,7 @@ def test_functional_transforms_do_not_raise_and_are_eagers(device: str) -> None:
     close(everything(optimized), everything(model), 1e-4)
 
 
+@since(2, 6, "no torch.amp.GradScaler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_trains_as_eager_does(dtype: torch.dtype, device: str) -> None:
     losses = []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_torch import since
 from torch import fx, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -90,6 +91,7 @@ def test_clone_shares_tensors_and_nothing_else():
     assert shared.training
 
 
+@since(2, 6, "no Module.register_load_state_dict_pre_hook")
 def test_clone_rebinds_methods_and_state_dict_hooks():
     model = Block()
     model.act = model.forward

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_torch import TORCH, since
 from torch import nn
 
 import fxfuse
@@ -208,6 +209,8 @@ def test_copies_are_frozen_and_start_with_nothing_kept(make, copier):
         use(other)
         assert memory(other) == kept
         fxfuse.unfreeze(other)
+    if TORCH < (2, 13):
+        use(module)  # torch 2.6 makes a storage's Python object anew where it pickles it
     assert memory(module) == kept
     assert marked(module) == names
     other = copier(module)
@@ -340,7 +343,13 @@ def compiled(module):
     return torch.compile(module, backend="aot_eager")
 
 
-@pytest.mark.parametrize("wrap", [lambda module: module, compiled], ids=["plain", "compiled"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda module: module, id="plain"),
+        pytest.param(compiled, id="compiled", marks=since(2, 6, "compiled calls get stand-ins")),
+    ],
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_recipes_are_handed_the_frozen_tensor_itself(wrap, mode, monkeypatch):
     """A detached or lifted stand-in would be converted at every call, and nobody would know."""

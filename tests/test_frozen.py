@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers_torch import since
 from torch import nn
 
 from fxfuse import frozen
@@ -335,6 +336,7 @@ def test_a_dead_module_leaves_nothing_behind():
     assert not frozen.is_marked(weight)
 
 
+@since(2, 6, "no torch.utils.swap_tensors")
 def test_tensors_can_still_be_swapped(layer):
     make = Doubled()
     prepared_right(layer.weight, make)
