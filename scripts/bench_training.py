@@ -4,10 +4,11 @@
     python scripts/bench_training.py --suite cpu --json benchmarks/training_cpu.json
     python scripts/bench_training.py --suite gpu --json benchmarks/training_h200.json
 
-A step is `model(x).sum().backward()` with gradients of the input and of every parameter. Errors
-are relative Frobenius norms against float64, for a random gradient that comes in. Memory is what a
-step takes at its peak beyond model and input (on CUDA), and what autograd keeps between forward and
-backward. The JSON is written after every case.
+A step is `model(x).sum().backward()` with gradients of the input and of every parameter; with
+--accumulate those of the parameters are added to what is there, as between two optimizer steps.
+Errors are relative Frobenius norms against float64, for a random gradient that comes in. Memory is
+what a step takes at its peak beyond model, input and such gradients (on CUDA), and what autograd
+keeps between forward and backward. The JSON is written after every case.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
                 n: ((found[n].double() - t).norm() / t.norm()).item() for n, t in truth.items()
             }
             entry["kept_mb"] = kept_bytes(contestants[name], model, x) / 1e6
-            steps[name] = step_of(contestants[name], model)
+            steps[name] = step_of(contestants[name], model, arguments.accumulate)
         del truth
         for name, timing in measure(steps, [(x,)], seconds=arguments.seconds).items():
             rows[name] |= {
@@ -97,8 +98,9 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
             }
         if arguments.device == "cuda":
             for name, step in steps.items():
-                rows[name]["peak_mb"] = peak_bytes(step, model, x) / 1e6
-    print(f"\n{case.model}, {batch} x {in_features} -> {out_features}, {case.dtype}")
+                rows[name]["peak_mb"] = peak_bytes(step, model, x, arguments.accumulate) / 1e6
+    added = ", gradients accumulate" if arguments.accumulate else ""
+    print(f"\n{case.model}, {batch} x {in_features} -> {out_features}, {case.dtype}{added}")
     print(_table(list(rows.values())), flush=True)
     return {
         "model": case.model,
@@ -106,15 +108,19 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "in_features": in_features,
         "out_features": out_features,
         "dtype": case.dtype,
+        "accumulate": arguments.accumulate,
         "contestants": list(rows.values()),
     }
 
 
-def step_of(call: Model, model: nn.Module) -> Callable[[torch.Tensor], None]:
-    """Return forward and backward of one step; gradients of the step before are let go first."""
+def step_of(
+    call: Model, model: nn.Module, accumulate: bool = False
+) -> Callable[[torch.Tensor], None]:
+    """Return forward and backward of one step. Gradients of the step before are let go first; where
+    they `accumulate`, that of x alone."""
 
     def step(x: torch.Tensor) -> None:
-        _clear(model, x)
+        _clear(model, x, accumulate)
         call(x).sum().backward()
 
     return step
@@ -141,9 +147,17 @@ def kept_bytes(call: Model, model: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(step: Callable[[torch.Tensor], None], model: nn.Module, x: torch.Tensor) -> int:
-    """Return the most bytes a step has allocated on the GPU at once, beyond model and input."""
-    _clear(model, x)
+def peak_bytes(
+    step: Callable[[torch.Tensor], None],
+    model: nn.Module,
+    x: torch.Tensor,
+    accumulate: bool = False,
+) -> int:
+    """Return the most bytes a step has allocated on the GPU at once, beyond model and input and,
+    where they `accumulate`, the parameters' gradients."""
+    if accumulate:
+        step(x)
+    _clear(model, x, accumulate)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -164,8 +178,9 @@ def _named_gradients(
     return found
 
 
-def _clear(model: nn.Module, x: torch.Tensor) -> None:
-    model.zero_grad(set_to_none=True)
+def _clear(model: nn.Module, x: torch.Tensor, accumulate: bool = False) -> None:
+    if not accumulate:
+        model.zero_grad(set_to_none=True)
     x.grad = None
 
 
@@ -199,6 +214,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shape", type=shape, metavar="M,K,N")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--contestants", type=listed, default=list(CONTESTANTS))
+    parser.add_argument(
+        "--accumulate", action="store_true", help="add to the parameters' gradients"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="spent on each contestant")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
     arguments = parser.parse_args()
