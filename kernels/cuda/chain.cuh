@@ -122,7 +122,11 @@ class Chain {
   static __host__ __device__ constexpr int Index(int part, int block, int h, int w) {
     return part * 16 * kBlocks + AccumulatorIndex(block, h, w);
   }
-  static constexpr int kPartRows = 64;
+  // The lane's rows, two of each part, of which the first is given.
+  static constexpr int kRows = 2 * kParts;
+  static __host__ __device__ constexpr int RowAt(int first, int r) {
+    return first + r / 2 * 64 + r % 2 * 8;
+  }
 
  private:
   static constexpr int kWidth = 8;
@@ -151,13 +155,17 @@ class Chain {
     for (int i = 0; i < kWords; ++i) word[i] = PackHalves(kDtype, eight[2 * i], eight[2 * i + 1]);
   }
 
-  // How many columns there are from the lane's first on. The compiler is told nothing about the
-  // number, or it would compare it with every column ahead of the loop over steps, and spill.
-  __device__ __forceinline__ int ColumnsLeft() const {
-    int left = columns_ - Column(0, 0);
-    asm volatile("" : "+r"(left));
-    return left;
+  // A number that the compiler is told nothing about, or it would compute all that follows from it
+  // ahead of the loop over steps, and spill.
+  static __device__ __forceinline__ int Unknown(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
   }
+
+  // How many columns there are from the lane's first on.
+  __device__ __forceinline__ int ColumnsLeft() const { return Unknown(columns_ - Column(0, 0)); }
+
+  __device__ __forceinline__ int Row(int r) const { return Unknown(RowAt(row_, r)); }
 
   // The lane's columns of `kBatch` blocks from `first` on, of the matrix row that begins at `row`;
   // zeros outside the matrix.
@@ -226,7 +234,7 @@ class Chain {
     const int blocks = static_cast<int>(step.p0) / kBlockStep;
     const float each = __frcp_rn(step.p0);  // exact: a power of two
 #pragma unroll
-    for (int row = 0; row < 2 * kParts; ++row) {
+    for (int row = 0; row < kRows; ++row) {
       const int part = row / 2, h = row % 2;
       float sum[kBlocks];
 #pragma unroll 1
@@ -267,8 +275,7 @@ class Chain {
   // Combines with an operand, which has rows of its own if kFull, else the same for all rows.
   template <Opcode op, bool kFull>
   __device__ __forceinline__ void Combine(const ChainStep& step, Values& v) const {
-    constexpr int kRows = 2 * kParts;          // that the lane has
-    constexpr int kMeets = kFull ? 1 : kRows;  // of them, that one of the operand's meets
+    constexpr int kMeets = kFull ? 1 : kRows;  // of the lane's, that a row of the operand meets
 #pragma unroll
     for (int first_row = 0; first_row < kRows; first_row += kMeets) {
       const char* from = static_cast<const char*>(step.data);
@@ -296,12 +303,17 @@ class Chain {
     }
   }
 
-  // The lane's `r`-th row, two of each part. The compiler is told nothing about it, as of
-  // ColumnsLeft.
-  __device__ __forceinline__ int Row(int r) const {
-    int row = row_ + r / 2 * kPartRows + r % 2 * 8;
-    asm volatile("" : "+r"(row));
-    return row;
+  // Calls store(r, to, left) for the lane's rows: where `column` of the `r`-th is in the output,
+  // and `columns_left`, or 0 below the matrix.
+  template <class Function>
+  __device__ __forceinline__ void EachRow(void* output, int64_t output_stride, int column,
+                                          int columns_left, const Function& store) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = Row(r);
+      store(r, static_cast<char*>(output) + (row * output_stride + column) * kBytes,
+            row < rows_ ? columns_left : 0);
+    }
   }
 
   // Stores adjacent columns of 16 bits.
@@ -309,12 +321,7 @@ class Chain {
                                         const Values& v) const {
     constexpr int kAtOnce = kBlocks < 4 ? kBlocks : 4;
     constexpr int kStep = kBlockStep * kBytes;
-    const int columns_left = ColumnsLeft();
-#pragma unroll
-    for (int r = 0; r < 2 * kParts; ++r) {
-      const int64_t row = Row(r);
-      char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
-      const int left = row < rows_ ? columns_left : 0;
+    EachRow(output, output_stride, Column(0, 0), ColumnsLeft(), [&](int r, char* to, int left) {
 #pragma unroll
       for (int first = 0; first < kBlocks; first += kAtOnce) {
         uint32_t word[kAtOnce][kWords];
@@ -328,18 +335,13 @@ class Chain {
         store_vectors<kStep, 2 * kStep, 3 * kStep>(to + first * kStep,
                                                    left * kBytes - first * kStep, word);
       }
-    }
+    });
   }
 
   // Stores two columns of every eight, of 16 bits.
   __device__ __forceinline__ void StorePairs(void* output, int64_t output_stride,
                                              const Values& v) const {
-    const int columns_left = ColumnsLeft();
-#pragma unroll
-    for (int r = 0; r < 2 * kParts; ++r) {
-      const int64_t row = Row(r);
-      char* const to = static_cast<char*>(output) + (row * output_stride + Column(0, 0)) * kBytes;
-      const int left = row < rows_ ? columns_left : 0;
+    EachRow(output, output_stride, Column(0, 0), ColumnsLeft(), [&](int r, char* to, int left) {
 #pragma unroll
       for (int i = 0; i < 4 * kBlocks; ++i) {
         const int w = i % 4 * 2;
@@ -348,7 +350,7 @@ class Chain {
         if (i * kWidth >= left) continue;
         StoreVector<2>(to + i * kWidth * kBytes, kDtype, 0, pair);
       }
-    }
+    });
   }
 
   // Of 32 bits a lane's eight columns are two stores, each of half a sector of 32 bytes. So lanes
@@ -360,13 +362,8 @@ class Chain {
     const bool odd = threadIdx.x % 2 != 0;
     const int first_column = Column(0, 0) - (odd ? kWidth : 0);  // of the pair
     const int column = first_column + (odd ? kWidth / 2 : 0);
-    int columns_left = columns_ - first_column;
-    asm volatile("" : "+r"(columns_left));
-#pragma unroll
-    for (int r = 0; r < 2 * kParts; ++r) {
-      const int64_t row = Row(r);
-      char* const to = static_cast<char*>(output) + (row * output_stride + column) * kBytes;
-      const int left = row < rows_ ? columns_left : 0;
+    const int columns_left = Unknown(columns_ - first_column);
+    EachRow(output, output_stride, column, columns_left, [&](int r, char* to, int left) {
 #pragma unroll
       for (int first = 0; first < kBlocks; first += kAtOnce) {
         uint32_t word[2 * kAtOnce][kWidth / 2];
@@ -384,7 +381,7 @@ class Chain {
         store_vectors<kSecond, kStep, kStep + kSecond>(to + first * kStep,
                                                        left * kBytes - first * kStep, word);
       }
-    }
+    });
   }
 
   const DeviceProgram& program_;

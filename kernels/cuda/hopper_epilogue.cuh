@@ -116,7 +116,7 @@ template <class Config>
 __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
                                             typename ChainOf<Config>::Values& accumulator, int row0,
                                             int column0) {
-  constexpr int kRows = Config::kPingPong ? 4 : 2;  // of a lane
+  constexpr int kRows = ChainOf<Config>::kRows;
   const int row = row0 + threadIdx.x % 32 / 4;
   // Planes that are not interleaved have no scales of columns.
   if (!Interleaved(arguments)) MakeAdjacent<Config>(accumulator);
@@ -126,7 +126,7 @@ __device__ __forceinline__ void UndoScaling(const HopperArguments& arguments,
   float root_a[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    root_a[r] = RootA(arguments, row + r / 2 * ChainOf<Config>::kPartRows + r % 2 * 8);
+    root_a[r] = RootA(arguments, ChainOf<Config>::RowAt(row, r));
   }
 #pragma unroll
   for (int block = 0; block < Config::kN / 32; ++block) {

@@ -208,16 +208,23 @@ __device__ __forceinline__ void ReduceLanes(int width, uint32_t* largest, uint32
   }
 }
 
+// The matrix of this block, and which of that matrix's blocks it is.
+__device__ __forceinline__ const SplitMatrix& FindMatrix(const SplitArguments& arguments,
+                                                         int* block) {
+  const int first_blocks = arguments.matrix[0].blocks;
+  const int which = static_cast<int>(blockIdx.x) >= first_blocks;
+  *block = static_cast<int>(blockIdx.x) - (which ? first_blocks : 0);
+  return arguments.matrix[which];
+}
+
 // A row per 2^log2_lanes threads. kWhole: the threads hold all of it; else they read it twice, and
 // take no factor.
 template <int kThreads, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
     SplitRows(const __grid_constant__ SplitArguments arguments) {
   // Setup.
-  const int first_blocks = arguments.matrix[0].blocks;
-  const int which = static_cast<int>(blockIdx.x) >= first_blocks;
-  const SplitMatrix& matrix = arguments.matrix[which];
-  const int block = static_cast<int>(blockIdx.x) - (which ? first_blocks : 0);
+  int block;
+  const SplitMatrix& matrix = FindMatrix(arguments, &block);
   const int lanes = 1 << matrix.log2_lanes;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int64_t row = static_cast<int64_t>(block) * (kThreads >> matrix.log2_lanes) +
@@ -282,10 +289,9 @@ __global__ void __launch_bounds__(kMostStripThreads, kResidentThreads / kMostStr
   // Setup.
   constexpr int kRows = 4 * kRowLanes;
   __shared__ uint32_t largest[kRows], special[kRows];
-  const int first_blocks = arguments.matrix[0].blocks;
-  const int which = static_cast<int>(blockIdx.x) >= first_blocks;
-  const SplitMatrix& matrix = arguments.matrix[which];
-  const int first_row = (static_cast<int>(blockIdx.x) - (which ? first_blocks : 0)) * kRows;
+  int block;
+  const SplitMatrix& matrix = FindMatrix(arguments, &block);
+  const int first_row = block * kRows;
   const int own = static_cast<int>(threadIdx.x) % kRowLanes * 4;  // of the strip's rows
   const int column = static_cast<int>(threadIdx.x) / kRowLanes * kWidth;
   const int valid = matrix.rows - first_row - own;
