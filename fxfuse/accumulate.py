@@ -18,6 +18,16 @@ from .torch_ops import PLAIN, dispatch_modes
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 
 
+def will_execute(node: Any) -> bool | None:
+    """Whether the running backward executes a node; None where `torch.autograd.grad` was asked for
+    the gradient of the leaf it is of, which the engine says by an error, and where this torch
+    cannot tell."""
+    try:
+        return None if _will_execute is None else bool(_will_execute(node))
+    except RuntimeError:
+        return None
+
+
 def accumulation_target(node: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     """The `.grad` [M, N] to which `node` would add a @ b, of a [M, K] and b [K, N], in the backward
     that is running; None where it would not, or where somebody could tell who added.
@@ -27,7 +37,7 @@ def accumulation_target(node: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Te
     - Where gradients are recorded, `.grad` becomes a new tensor; where they are traced, all is seen
       as ops; anomaly mode looks at what a node returns.
     - A hook is given the gradient of this backward alone.
-    - The engine must execute the node (`_executes`), additions must not meet (`_in_order`), and
+    - The engine must execute the node (`will_execute`), additions must not meet (`_in_order`), and
       `.grad` must be what a product can add to (`_can_hold`).
     """
     if type(node).__name__ != "AccumulateGrad":
@@ -39,17 +49,9 @@ def accumulation_target(node: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Te
         return None
     if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
         return None
-    safe = _executes(node) and _in_order(a) and _can_hold(leaf.grad, leaf, a, b)
+    executes = will_execute(node) is True
+    safe = executes and _in_order(a) and _can_hold(leaf.grad, leaf, a, b)
     return leaf.grad if safe else None
-
-
-def _executes(node: Any) -> bool:
-    """Whether the running backward executes a leaf's node: not where `torch.autograd.grad` returns
-    the leaf's gradient, which the engine says by an error."""
-    try:
-        return _will_execute is not None and bool(_will_execute(node))
-    except RuntimeError:
-        return False
 
 
 def _in_order(tensor: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import recipes, reference
-from .accumulate import accumulation_target
+from .accumulate import accumulation_target, will_execute
 from .backward import BIAS, WEIGHT, Plan, Saved, Work, X, Z, plan, work
 from .infer import Tensors
 from .program import ACC, BARE, Operand
@@ -321,17 +321,7 @@ def _is_alone(tensor: torch.Tensor, others: Sequence[torch.Tensor | None]) -> bo
 def _wanted(ctx: Any) -> list[bool]:
     """For each tensor a node was given, whether this backward wants its gradient: not one that
     `torch.autograd.grad` was asked for without it."""
-    return [node is not None and _executes(node) for node, _ in ctx.next_functions]
-
-
-def _executes(node: Any) -> bool:
-    try:
-        return bool(_will_execute(node))
-    except RuntimeError:  # the gradient of a leaf that was asked for
-        return True
-
-
-_will_execute = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
+    return [n is not None and will_execute(n) is not False for n, _ in ctx.next_functions]
 
 
 def _as_forward(tensor: torch.Tensor) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -25,6 +24,7 @@ from .library import (
     Library,
     OperandLayout,
     Pointers,
+    enqueue,
 )
 from .norms import has_groups
 from .preferences import preferred_route, prefers_planes, prefers_skinny
@@ -217,18 +217,9 @@ def _launcher(
 
 
 def _launch(lib, entry, described, device, chain, pointers):  # type: ignore[no-untyped-def]
-    status = _enqueue(entry, device, described, pointers)
+    status = enqueue(entry, device, described, pointers)
     if status:
         lib.check(status, f"fxfuse_cuda_run for {chain}")
-
-
-def _enqueue(entry: Callable[..., int], device: int, *arguments: Any) -> int:
-    """What `entry(*arguments, stream)` returns, for the current stream of `device`."""
-    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
-    if torch._C._cuda_getDevice() == device:
-        return entry(*arguments, stream)
-    with torch.cuda.device(device):
-        return entry(*arguments, stream)
 
 
 def _total_of_parts(lib: Library, parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -237,7 +228,7 @@ def _total_of_parts(lib: Library, parts: torch.Tensor, dtype: torch.dtype) -> to
     if p == 1 or parts.dtype != torch.float32:
         return total_of_parts(parts, dtype)
     sums = parts.new_empty((count, n), dtype=dtype)
-    status = _enqueue(
+    status = enqueue(
         lib.handle.fxfuse_cuda_add_parts,
         parts.get_device(),
         ctypes.c_void_p(parts.data_ptr()),

@@ -12,9 +12,10 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -279,6 +280,15 @@ class Library:
         """Raise KernelError where a call did not return OK."""
         if status:
             raise KernelError(f"{call}: {self.handle.fxfuse_last_error().decode()}")
+
+
+def enqueue(entry: Callable[..., int], device: int, *arguments: Any) -> int:
+    """What `entry(*arguments, stream)` returns, for the current stream of `device`."""
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+    if torch._C._cuda_getDevice() == device:
+        return entry(*arguments, stream)
+    with torch.cuda.device(device):
+        return entry(*arguments, stream)
 
 
 def in_double(

@@ -8,7 +8,6 @@ contract; the CUDA kernel and `split_reference` agree to the bit.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -176,9 +175,6 @@ def _split_cuda(
         if other is not None:
             struct.factor = other.root.data_ptr()
     device = matrices[0].get_device()
-    with torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
-        status = lib.handle.fxfuse_cuda_split(described, len(matrices), stream)
-    if status:
-        lib.check(status, "split")
+    entry = lib.handle.fxfuse_cuda_split
+    lib.check(library.enqueue(entry, device, described, len(matrices)), "split")
     return outs
