@@ -36,7 +36,8 @@ DTYPES = {
 SUMS = {Reduction.NONE: 0, Reduction.ROWS: 1, Reduction.COLUMNS: 2, Reduction.ALL: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
 STATUS_UNSUPPORTED = 2
-TILE_IN_TURNS = 1024  # added to a tile's columns in ProblemStruct.tile where warpgroups take turns
+# Added to a tile's columns in ProblemStruct.tile where warpgroups take turns, where it has 64 rows.
+TILE_IN_TURNS, TILE_OF_64_ROWS = 1024, 2048
 POINTER_OPERAND = 3
 POINTER_OUTPUT = POINTER_OPERAND + MAX_OPERANDS
 POINTER_ROOTS = POINTER_OUTPUT + MAX_OUTPUTS

@@ -65,7 +65,7 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
     if m > 64 and (n % 8 or (k % 64 and k > 1024)):
         return "cublas"  # our tiles would store by element, or read rows from inside a cache line
-    if m <= 64 and k >= 16 * n:
+    if m < 16 and k >= 16 * n:
         return "cublas"  # all of the time goes into adding up what many blocks have of K
     # Few tiles and a long K: cuBLAS divides K with less to add up, but for the longest.
     few_tiles = m >= 256 and -(-m // 128) * -(-n // 128) <= 64

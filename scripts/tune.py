@@ -25,11 +25,12 @@ import torch
 from bench_routes import device_ms, operand_sets, write_table
 
 from fxfuse import library
-from fxfuse.library import TILE_IN_TURNS, Gemm, Pointers
+from fxfuse.library import TILE_IN_TURNS, TILE_OF_64_ROWS, Gemm, Pointers
 from fxfuse.program import parse
 from fxfuse.split import Planes, plane_stride, split
 
-TILES = {1: (256, 128, 64, TILE_IN_TURNS + 128), 2: (128, 64)}  # by planes of a matrix
+# By planes of a matrix.
+TILES = {1: (256, 128, 64, TILE_IN_TURNS + 128, TILE_OF_64_ROWS + 64), 2: (128, 64)}
 SPLITS = (1, 2, 4, 8)
 ROWS = (1, 16, 64, 128, 200, 256, 512, 1024, 2048, 4096)
 WEIGHTS = (
@@ -68,6 +69,8 @@ def measure(m: int, n: int, k: int, planes: int) -> Iterator[dict[str, Any]]:
         made = [split(x, w, planes=planes) for x, w in zip(xs, weights, strict=True)]
         pairs = [[address for i in (0, 1) for address in addresses(i, p[i])] for p in made]
     for tile in TILES[planes]:
+        if tile & TILE_OF_64_ROWS and m <= 64:
+            continue  # never chosen
         for division in SPLITS:
             problem = lib.problem(program, m, n, inputs, 0, [], [dtype], gemm)
             problem.route, problem.tile = library.ROUTES["hopper"], 16 * tile + division
@@ -100,10 +103,12 @@ def addresses(i: int, planes: Planes) -> list[tuple[int, int]]:
 
 def features(line: dict[str, Any], processors: int) -> tuple[int, int]:
     """How often a line pays for a stage, and for a tile: in turns, for the last one alone."""
-    tiles = math.ceil(line["m"] / 128) * math.ceil(line["n"] / (line["tile"] % TILE_IN_TURNS))
+    tile_rows = 64 if line["tile"] & TILE_OF_64_ROWS else 128
+    tile_columns = line["tile"] % TILE_IN_TURNS
+    tiles = math.ceil(line["m"] / tile_rows) * math.ceil(line["n"] / tile_columns)
     turns = math.ceil(tiles / (processors // line["split"]))
     stages = math.ceil(math.ceil(line["k"] / 64) / line["split"])
-    return turns * stages, 1 if line["tile"] > TILE_IN_TURNS else turns
+    return turns * stages, 1 if line["tile"] & TILE_IN_TURNS else turns
 
 
 def key(line: dict[str, Any]) -> tuple[int, int, int]:

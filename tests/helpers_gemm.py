@@ -17,14 +17,15 @@ from fxfuse.library import (
     POINTER_ROOTS,
     POINTER_SPECIAL,
     TILE_IN_TURNS,
+    TILE_OF_64_ROWS,
     Gemm,
     Pointers,
 )
 from fxfuse.program import parse
 from fxfuse.split import Planes, plane_stride, split, split_against
 
-IN_TURNS = TILE_IN_TURNS + 128  # of chains alone
-TILES = (256, 128, 64, IN_TURNS)
+IN_TURNS, OF_64_ROWS = TILE_IN_TURNS + 128, TILE_OF_64_ROWS + 64  # of chains alone
+TILES = (256, 128, 64, IN_TURNS, OF_64_ROWS)
 SKINNY_TILES = (256, 128, 64, 32, 16)
 SPLITS = (1, 2, 4, 8)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers_gemm import (
     FAMILIES,
     IN_TURNS,
+    OF_64_ROWS,
     SPLITS,
     TILES,
     error,
@@ -58,7 +59,8 @@ def test_preferred_route_of_hopper():
     assert preferred_route((9, 0), 512, 1024, 4096) == "auto"
     assert preferred_route((9, 0), 1024, 512, 16384) == "cublas"
     assert preferred_route((9, 0), 256, 512, 16384) == "auto"
-    assert preferred_route((9, 0), 16, 512, 16384) == "cublas"
+    assert preferred_route((9, 0), 1, 512, 16384) == "cublas"
+    assert preferred_route((9, 0), 16, 512, 16384) == "auto"
     assert preferred_route((9, 0), 512, 1024, 1024) == "auto"
     assert preferred_route((9, 0), 1024, 1024, 1024) == "auto"
     assert preferred_route((9, 0), 1000, 1000, 1000) == "auto"
@@ -123,7 +125,7 @@ def test_every_tile_and_division(size, transposed, dtype):
             assert error(outputs[0], F.silu(acc) * full.double()) < 8e-3, (tile, split)
             assert error(outputs[1], acc) <= 1.05 * error(acc.to(dtype), acc) + 1e-5
             outputs = run_tile(x, stored, bias, [row, full], WIDE, tile, split, transposed)
-            if tile == IN_TURNS:
+            if tile in (IN_TURNS, OF_64_ROWS):
                 assert outputs is None
                 continue
             assert error(outputs[0], wide) < 8e-3, (tile, split)
@@ -150,6 +152,27 @@ def test_tiles_in_turns_are_to_the_bit_those_of_both_warpgroups(size, dtype, tra
         for outputs in zip(*runs, strict=True):
             assert torch.equal(outputs[0], outputs[1])
             assert torch.equal(outputs[1], outputs[2])
+
+
+# Blocks of several tiles, whose warpgroups meet at each; with fewer stages than the ring has, and
+# more.
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [(300, 9000, 64), (1100, 5000, 1032)], ids=str)
+def test_many_tiles_of_64_rows(size, dtype, transposed):
+    m, n, k = size
+    x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)
+    row, full = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+    stored = weight.t().contiguous() if transposed else weight
+    acc = F.linear(x.double(), weight.double(), bias.double())
+    truth = F.silu(acc + row.double()) * full.double()
+    found, again = (
+        run_tile(x, stored, bias, [row, full], CHAIN, OF_64_ROWS, 1, transposed) for _ in range(2)
+    )
+    assert error(found[0], truth) <= 1.1 * error(truth.to(dtype), truth)
+    assert torch.equal(found[0], again[0])
 
 
 @hopper

@@ -45,9 +45,9 @@ bool InputsAligned(const fxfuse_problem& problem, void* const* pointers) {
 // scripts/bench_routes.py).
 bool PortableIsFaster(const fxfuse_problem& problem) {
   if (problem.b_transposed || problem.planes > 0) return false;
-  if (problem.m <= 32) return problem.n >= 2048 || problem.k <= 1024;
+  if (problem.m <= 32) return problem.n >= 8192 || problem.k <= 1024;
   if (problem.m <= 64 && problem.n > 2048) return false;
-  constexpr double kTiny = 1 << 28;
+  constexpr double kTiny = 1 << 27;
   return problem.k <= 1024 && static_cast<double>(problem.m) * problem.n * problem.k <= kTiny;
 }
 

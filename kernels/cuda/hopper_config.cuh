@@ -13,17 +13,18 @@ namespace fxfuse {
 constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
 
 template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_,
-          bool kFullOperands_ = true, bool kPingPong_ = false>
+          bool kFullOperands_ = true, bool kPingPong_ = false, int kM_ = 128>
 struct HopperConfig {
   using Math = Math_;
   static constexpr int kChainDtype = kChainDtype_;       // serves chains of it alone; or kNoChain
   static constexpr bool kFullOperands = kFullOperands_;  // of chains: may have rows of their own
   static constexpr int kPlanes = kPlanes_;  // of each matrix: 1, or 2 for three products
-  static constexpr int kM = 128, kN = kN_, kStages = kStages_;
+  static constexpr int kM = kM_, kN = kN_, kStages = kStages_;
   // Each warpgroup takes whole tiles, in turns, and its epilogue runs under the other's mainloop.
-  // Else both take 64 rows of every tile.
   static constexpr bool kPingPong = kPingPong_;
-  static constexpr int kReaders = kPingPong ? 1 : 2;  // warpgroups that read a stage
+  // Both take all 64 rows of every tile and every other stage. Else, 64 of its 128 rows.
+  static constexpr bool kSameRows = kM == 64;
+  static constexpr int kReaders = kPingPong || kSameRows ? 1 : 2;  // warpgroups that read a stage
 
   static constexpr int kStageK = kRowBytes / 2;  // elements of K in a stage
   // A stage holds the planes of A and then those of B.
@@ -31,7 +32,10 @@ struct HopperConfig {
   static constexpr int kStageBytes = kPlanes * (kBytesA + kBytesB);
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSteps = kStageK / 16;
-  static constexpr int kSharedBytes = 1024 + kRingBytes + 16 * (kStages + (kPingPong ? 1 : 0));
+  static constexpr int kRowWarps = kM / 16;  // that finish rows
+  static constexpr int kBarriers = 2 * kStages + (kPingPong ? 2 : 1 + kRowWarps);
+  static constexpr int kSumsBytes = kSameRows ? kM * kN * 4 : 0;  // of the second warpgroup
+  static constexpr int kSharedBytes = 1024 + kRingBytes + kSumsBytes + 8 * kBarriers;
 
   // Interpreter takes the accumulators 64 columns at a time.
   static constexpr int kPartColumns = 64;
@@ -39,6 +43,8 @@ struct HopperConfig {
   using Fragment = RowFragment<8, 2, 2, 32>;
 
   static_assert(kN == 64 || kN == 128 || kN == 256, "there is a wgmma for it");
+  static_assert(kM == 128 || (kM == 64 && kPlanes == 1 && !kPingPong), "as Consume wants");
+  static_assert(!kSameRows || kStages % 2 == 0, "a slot is one warpgroup's for all of a tile");
   static_assert((kPlanes == 1 && !kPingPong) || kN <= 128,
                 "two sets of accumulators fit the registers");
   static_assert(!kPingPong || (kPlanes == 1 && kChainDtype != kNoChain), "as ConsumeInTurns wants");
@@ -69,6 +75,10 @@ struct Barriers {
   __device__ __forceinline__ uint32_t Turn(int group) const {
     return base + 8 * (2 * Config::kStages + group);
   }
+  // Where K is divided: all other blocks of the cluster have read their stages to the end; a warp
+  // has got all parts of its rows' sums.
+  __device__ __forceinline__ uint32_t Free() const { return base + 8 * (2 * Config::kStages); }
+  __device__ __forceinline__ uint32_t Parts(int warp) const { return Free() + 8 * (1 + warp); }
 };
 
 // A place in the ring, and how often the ring has been round.
@@ -76,16 +86,22 @@ template <class Config>
 struct RingPosition {
   int slot = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++slot == Config::kStages) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
+  // To the next stage, or to the next of a warpgroup's.
+  __device__ __forceinline__ void Advance() { Step(1); }
+  __device__ __forceinline__ void AdvanceToOwn() { Step(Config::kSameRows ? 2 : 1); }
   __device__ __forceinline__ void Skip(int stages) {
     const int to = slot + stages;
     parity ^= to / Config::kStages & 1;
     slot = to % Config::kStages;
+  }
+
+ private:
+  __device__ __forceinline__ void Step(int stages) {
+    slot += stages;
+    if (slot >= Config::kStages) {
+      slot -= Config::kStages;
+      parity ^= 1;
+    }
   }
 };
 

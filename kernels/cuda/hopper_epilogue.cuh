@@ -13,10 +13,38 @@ namespace fxfuse {
 
 // Reduction ---------------------------------------------------------------------------------------
 
+// Adds the second warpgroup's sums of the same rows to the first's, through shared memory at
+// `sums`.
+template <class Config>
+__device__ __forceinline__ void AddGroups(uint32_t sums, int group,
+                                          Accumulator<Config>& accumulator) {
+  constexpr int kConsumers = 1;  // the named barrier
+  const uint32_t at = sums + threadIdx.x % 128 * 16;
+#pragma unroll
+  for (int i = 0; i < Config::kN / 8; ++i) {
+    const float* d = &accumulator[4 * i];
+    if (group == 1) store_shared(at + i * 2048, make_float4(d[0], d[1], d[2], d[3]));
+  }
+  barrier_sync<256>(kConsumers);
+#pragma unroll
+  for (int i = 0; group == 0 && i < Config::kN / 8; ++i) {
+    const float4 other = load_shared(at + i * 2048);
+    float* const d = &accumulator[4 * i];
+    d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
+  }
+  barrier_sync<256>(kConsumers);
+}
+
 // Adds up what the blocks of a cluster have each got from their part of K. The 16 rows of warp w
-// are finished by block w % split; returns whether this is the block for this warp's rows.
+// are finished by block w % split; returns whether this is the block for this warp's rows. Of warps
+// beyond the tile's rows none are inside.
+//
+// Parts travel by stores that count their bytes at a barrier of the receiver. A barrier of all
+// threads of the cluster took half a microsecond more: its release waits for all of the GPU to see
+// what was written or prefetched, and its acquire empties the L1.
 template <class Config>
 __device__ __forceinline__ bool ReduceCluster(const HopperArguments& arguments, uint32_t ring,
+                                              const Barriers<Config>& barriers,
                                               const BlockWork& work, bool rows_inside,
                                               Accumulator<Config>& accumulator) {
   constexpr int kSlotBytes = 16 * Config::kN * static_cast<int>(sizeof(float));
@@ -28,18 +56,29 @@ __device__ __forceinline__ bool ReduceCluster(const HopperArguments& arguments, 
   // In the owner's ring: first by sender, then by those of its warps that finish rows.
   const auto slot = [&](int sender) {
     const int index = sender - (sender > owner ? 1 : 0);
-    return ring + (index * (8 / split) + warp / split) * kSlotBytes + lane * 16;
+    return ring + (index * (Config::kRowWarps / split) + warp / split) * kSlotBytes + lane * 16;
   };
-  cluster_sync();  // every ring is free
-  if (work.rank != owner && rows_inside) {
+  const int in_group = threadIdx.x % 128;
+  if (in_group < split && in_group != work.rank) {
+    barrier_arrive_remote(remote_address(barriers.Free(), in_group));
+  }
+  if (work.rank == owner && rows_inside && lane == 0) {
+    barrier_arrive_expect(barriers.Parts(warp), (split - 1) * kSlotBytes);
+  }
+  // Also where nothing is to be sent: a block must be there for whatever arrives.
+  barrier_wait(barriers.Free(), 0);
+  if (!rows_inside) return false;
+  if (work.rank != owner) {
+    const uint32_t to = remote_address(slot(work.rank), owner);
+    const uint32_t counts = remote_address(barriers.Parts(warp), owner);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const float* d = &accumulator[4 * i];
-      store_remote(slot(work.rank) + i * 512, owner, make_float4(d[0], d[1], d[2], d[3]));
+      send(to + i * 512, counts, make_float4(d[0], d[1], d[2], d[3]));
     }
+    return false;
   }
-  cluster_sync();
-  if (work.rank != owner || !rows_inside) return false;
+  barrier_wait(barriers.Parts(warp), 0);
 #pragma unroll 1
   for (int sender = 0; sender < split; ++sender) {
     if (sender == owner) continue;

@@ -7,7 +7,7 @@ namespace fxfuse {
 HopperKernels HopperFastChain() {
   return InstantiateHopperChain<DeviceFastMath, FXFUSE_BF16>(
       {{"hopper_128x256_fast_chain", "hopper_128x128_fast_chain", "hopper_128x64_fast_chain",
-        "hopper_128x128_fast_chain_in_turns"}});
+        "hopper_128x128_fast_chain_in_turns", "hopper_64x64_fast_chain"}});
 }
 
 HopperKernels HopperFast() {

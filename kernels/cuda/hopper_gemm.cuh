@@ -2,10 +2,11 @@
 // matrices that were split into two fp16 planes each (see fxfuse_cuda_split),
 // D = epilogue(lo(A) @ hi(B)^T + hi(A) @ lo(B)^T + hi(A) @ hi(B)^T).
 //
-// Persistent and warp-specialised: two producer threads keep a ring of stages filled by bulk
-// tensor copies, also while two consumer warpgroups, each with 64 rows of the tile, run the
-// epilogue. Where there are fewer tiles than SMs, the blocks of a cluster divide K among them, and
-// each adds up and finishes some rows of the tile; sums are taken in the order of the blocks.
+// Persistent and warp-specialised: two producer warps keep a ring of stages filled by bulk tensor
+// copies, also while two consumer warpgroups, each with 64 rows of the tile, run the epilogue.
+// Where there are fewer tiles than SMs, the blocks of a cluster divide K among them, and each adds
+// up and finishes some rows of the tile; sums are taken in the order of the blocks. And there are
+// tiles of 64 rows, to have more of them: of these each warpgroup takes every other stage.
 //
 // Where K is short warpgroups take turns with whole tiles (ping-pong), which hides the epilogue.
 // Why not always: two tiles of 128 x 256 have no room in registers, and tiles of 128 x 128 move a
@@ -39,7 +40,8 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
                                         const Barriers<Config>& barriers, const BlockWork& work) {
   // From lane 0, and so uniform to the compiler, which then keeps descriptors in uniform registers.
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0);
-  const int warp_row = group * 64 + threadIdx.x / 32 % 4 * 16;
+  const int group_row = Config::kSameRows ? 0 : group * 64;
+  const int warp_row = group_row + threadIdx.x / 32 % 4 * 16;
   const int rows = static_cast<int>(arguments.program.rows);
   ChainOf<Config> chain(arguments.program);
   const bool adjacent = Interleaved(arguments) || arguments.root_a != nullptr;
@@ -58,7 +60,7 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
       if constexpr (Config::kPlanes == 2) special = HasSpecial<Config>(arguments, origin);
     };
     Accumulator<Config> accumulator;
-    if (origin.row + group * 64 >= rows) {
+    if (origin.row + group_row >= rows) {
       meanwhile();
       SkipStages<Config>(barriers, special ? 2 * work.stages : work.stages, at);
     } else if constexpr (Config::kPlanes == 2) {
@@ -76,8 +78,14 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
         multiply(std::integral_constant<Major, Major::kK>());
       }
     } else {
-#define FXFUSE_MULTIPLY(Input, major)                                                        \
-  Multiply<Config, Input, Major::major>(ring, barriers, work.stages, group, accumulator, at, \
+      RingPosition<Config> own = at;
+      int stages = work.stages;
+      if constexpr (Config::kSameRows) {
+        if (group == 1) own.Advance();
+        stages = (stages + 1 - group) / 2;
+      }
+#define FXFUSE_MULTIPLY(Input, major)                                                    \
+  Multiply<Config, Input, Major::major>(ring, barriers, stages, group, accumulator, own, \
                                         meanwhile, [] {})
       if (arguments.layout_b == LayoutB::kColumns) {
         arguments.half ? FXFUSE_MULTIPLY(__half, kMN) : FXFUSE_MULTIPLY(__nv_bfloat16, kMN);
@@ -85,11 +93,20 @@ __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32
         arguments.half ? FXFUSE_MULTIPLY(__half, kK) : FXFUSE_MULTIPLY(__nv_bfloat16, kK);
       }
 #undef FXFUSE_MULTIPLY
+      if constexpr (Config::kSameRows) {
+        at.Skip(work.stages);
+      } else {
+        at = own;
+      }
     }
 
-    const bool inside = row0 < rows;
+    bool inside = row0 < rows;
+    if constexpr (Config::kSameRows) {
+      AddGroups<Config>(ring + Config::kRingBytes, group, accumulator);
+      inside &= group == 0;
+    }
     if (arguments.split > 1) {
-      if (!ReduceCluster<Config>(arguments, ring, work, inside, accumulator)) continue;
+      if (!ReduceCluster<Config>(arguments, ring, barriers, work, inside, accumulator)) continue;
     }
     if (!inside) continue;
     if constexpr (Config::kChainDtype != kNoChain) {
@@ -160,7 +177,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
   // Setup. The ring begins at a multiple of 1024, as the swizzle wants.
   const uint32_t ring = (shared_address(shared) + 1023) & ~1023u;
-  const Barriers<Config> barriers{ring + Config::kRingBytes};
+  const Barriers<Config> barriers{ring + Config::kRingBytes + Config::kSumsBytes};
   if (threadIdx.x == 0) {
     const bool whole_a = arguments.program.rows >= Config::kM;
     const bool whole_b = arguments.program.columns >= Config::kN;
@@ -170,20 +187,23 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       barrier_init(barriers.Full(s), 1);
       barrier_init(barriers.Empty(s), Config::kReaders);
     }
-    for (int group = 0; Config::kPingPong && group < 2; ++group) {
-      barrier_init(barriers.Turn(group), 1);
+    if constexpr (Config::kPingPong) {
+      for (int group = 0; group < 2; ++group) barrier_init(barriers.Turn(group), 1);
+    } else if (arguments.split > 1) {
+      barrier_init(barriers.Free(), 2 * (arguments.split - 1));
+      for (int warp = 0; warp < Config::kRowWarps; ++warp) barrier_init(barriers.Parts(warp), 1);
     }
     barrier_init_fence();
   }
   __syncthreads();
+  if (arguments.split > 1) cluster_meet();
   const BlockWork work = DescribeWork(arguments);
 
   if (threadIdx.x < 128) {
     give_registers<40>();
     const int warp = threadIdx.x / 32;
-    const bool needed = Config::kPlanes == 2 || threadIdx.x % 32 == 0;
-    if (warp == 0 && needed) Produce(arguments, ring, barriers, work, false);
-    if (warp == 1 && needed) Produce(arguments, ring, barriers, work, true);
+    if (warp == 0) Produce(arguments, ring, barriers, work, false);
+    if (warp == 1) Produce(arguments, ring, barriers, work, true);
   } else {
     take_registers<232>();
     if constexpr (Config::kPingPong) {

@@ -7,7 +7,7 @@ namespace fxfuse {
 HopperKernels HopperHalfChain() {
   return InstantiateHopperChain<DeviceHalfMath, FXFUSE_F16>(
       {{"hopper_128x256_half_chain", "hopper_128x128_half_chain", "hopper_128x64_half_chain",
-        "hopper_128x128_half_chain_in_turns"}});
+        "hopper_128x128_half_chain_in_turns", "hopper_64x64_half_chain"}});
 }
 
 // Without steps for operands [M, N] nothing is spilled to local memory, where it waits behind

@@ -8,9 +8,10 @@
 
 namespace fxfuse {
 
-// Names of the kernels with tiles of 256, 128 and 64 columns and, for chains, of 128 in turns.
+// Names of the kernels with tiles of 256, 128 and 64 columns and, for chains, of 128 in turns and
+// of 64 rows and 64 columns.
 struct HopperNames {
-  const char* tile[4];
+  const char* tile[5];
 };
 
 // For any program.
@@ -32,6 +33,7 @@ HopperKernels InstantiateHopperChain(const HopperNames& names) {
       DescribeHopper<HopperConfig<Math, kChainDtype, 1, 128, 7>>(names.tile[1]),
       DescribeHopper<HopperConfig<Math, kChainDtype, 1, 64, 9>>(names.tile[2]),
       DescribeHopper<HopperConfig<Math, kChainDtype, 1, 128, 7, true, true>>(names.tile[3]),
+      DescribeHopper<HopperConfig<Math, kChainDtype, 1, 64, 12, true, false, 64>>(names.tile[4]),
   };
   return {kernels, static_cast<int>(sizeof(kernels) / sizeof(kernels[0]))};
 }

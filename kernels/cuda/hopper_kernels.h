@@ -53,7 +53,7 @@ struct HopperKernel {
 };
 
 constexpr int kHopperThreads = 384;
-constexpr int kMaxHopperKernels = 32;
+constexpr int kMaxHopperKernels = 40;
 constexpr int kMaxSplit = 8;  // the largest cluster every GPU accepts
 
 // The instantiations, in hopper_*.cu.

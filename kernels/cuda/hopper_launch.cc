@@ -144,10 +144,11 @@ fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, i
 
 // A kernel's tile as fxfuse_problem.tile and the table below have it.
 int TileNumber(const HopperKernel& kernel) {
-  return kernel.tile_n + (kernel.ping_pong ? FXFUSE_TILE_IN_TURNS : 0);
+  return kernel.tile_n + (kernel.ping_pong ? FXFUSE_TILE_IN_TURNS : 0) +
+         (kernel.tile_m == 64 ? FXFUSE_TILE_OF_64_ROWS : 0);
 }
 
-// What a tile of 128 rows costs, in nanoseconds, where `split` blocks divide K: for each stage of
+// What a tile costs, in nanoseconds, where `split` blocks divide K: for each stage of
 // 64 along K, and once for all else; of tiles in turns, once for all of a block's.
 struct TileCost {
   int16_t planes;
@@ -172,14 +173,16 @@ double Cost(const HopperKernel& kernel, int split, const fxfuse_problem& problem
   return turns * stages * cost->stage + (kernel.ping_pong ? 1 : turns) * cost->once;
 }
 
-// Whether K may be divided: every block gets a stage, and no SM a second tile. For tiles in turns,
-// whether there are turns to take.
+// Whether K may be divided: every block gets a stage and 16 rows to finish, and no SM a second
+// tile. For tiles in turns, whether there are turns to take; for tiles of 64 rows, whether there
+// are more: a tile of 128 brings no more than there are, either.
 bool CanDivide(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
                const DeviceLimits& device) {
   const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
   if (kernel.ping_pong) return split == 1 && (tiles > device.sm_count || problem.tile != 0);
-  return split == 1 ||
-         (CeilDivide(problem.k, 64) >= split && tiles <= device.hopper_clusters[split]);
+  if (kernel.tile_m == 64 && problem.m <= 64 && problem.tile == 0) return false;
+  return split == 1 || (CeilDivide(problem.k, 64) >= split && kernel.tile_m / 16 >= split &&
+                        tiles <= device.hopper_clusters[split]);
 }
 
 // The cheapest way to divide K for a kernel, or the one the problem asks for.

@@ -9,12 +9,15 @@
 
 namespace fxfuse {
 
+constexpr int kRowUnits = kRowBytes / 16;
+
 // Issues this warpgroup's multiply-adds of one stage, of one plane of each matrix.
 template <class Config, class Input, Major kMajorB>
 __device__ __forceinline__ void MultiplyStage(Accumulator<Config>& accumulator, uint32_t stage,
                                               int group, int accumulate) {
-  const uint64_t a = describe<Major::kK>(stage + group * 64 * kRowBytes);
-  const uint64_t b = describe<kMajorB>(stage + Config::kPlanes * Config::kBytesA);
+  const int row = Config::kSameRows ? 0 : group * 64;
+  const uint64_t a = describe<Major::kK>(stage + row * kRowUnits);
+  const uint64_t b = describe<kMajorB>(stage + Config::kPlanes * Config::kBytesA / 16);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
@@ -29,8 +32,8 @@ template <class Config, class Input, Major kMajorB>
 __device__ __forceinline__ void MultiplyStage(Accumulator<Config> (&half)[2], uint32_t stage, int,
                                               int accumulate) {
   const uint64_t upper = describe<Major::kK>(stage);
-  const uint64_t lower = describe<Major::kK>(stage + 64 * kRowBytes);
-  const uint64_t b = describe<kMajorB>(stage + Config::kBytesA);
+  const uint64_t lower = describe<Major::kK>(stage + 64 * kRowUnits);
+  const uint64_t b = describe<kMajorB>(stage + Config::kBytesA / 16);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
@@ -48,10 +51,10 @@ __device__ __forceinline__ void MultiplyStagePlanes(Accumulator<Config>& part, u
                                                     int group) {
   using Product = Wgmma<__half, kMajorB>;
   constexpr uint64_t kStepA = kDescriptorStep<Major::kK>, kStepB = kDescriptorStep<kMajorB>;
-  const uint64_t hi_a = describe<Major::kK>(stage + group * 64 * kRowBytes);
-  const uint64_t lo_a = hi_a + (Config::kBytesA >> 4);
-  const uint64_t hi_b = describe<kMajorB>(stage + 2 * Config::kBytesA);
-  const uint64_t lo_b = hi_b + (Config::kBytesB >> 4);
+  const uint64_t hi_a = describe<Major::kK>(stage + group * 64 * kRowUnits);
+  const uint64_t lo_a = hi_a + Config::kBytesA / 16;
+  const uint64_t hi_b = describe<kMajorB>(stage + 2 * Config::kBytesA / 16);
+  const uint64_t lo_b = hi_b + Config::kBytesB / 16;
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kSteps; ++step) {
@@ -65,11 +68,13 @@ __device__ __forceinline__ void MultiplyStagePlanes(Accumulator<Config>& part, u
   wgmma_commit();
 }
 
-// Where a slot begins. Lane 0 says so, for then the compiler knows it to be uniform and makes the
-// descriptors in uniform registers: some 40 instructions less in a stage, between multiply-adds.
+// Where a slot begins, in units of 16 bytes. Lane 0 says so, for then the compiler knows it to be
+// uniform and makes the descriptors in uniform registers: some 40 instructions less in a stage,
+// between multiply-adds.
 template <class Config>
-__device__ __forceinline__ uint32_t SlotAddress(uint32_t ring, int slot) {
-  return __shfl_sync(~0u, ring + slot * Config::kStageBytes, 0);
+__device__ __forceinline__ uint32_t SlotUnits(uint32_t ring, int slot) {
+  const uint32_t inside = ring & 0x3ffff;  // what is above says which block of the cluster
+  return __shfl_sync(~0u, inside / 16 + slot * (Config::kStageBytes / 16), 0);
 }
 
 // Tells the producer that this warpgroup is done with a slot.
@@ -80,27 +85,35 @@ __device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, i
 
 // One batch of multiply-adds is always queued behind the one that runs. `meanwhile` is called when
 // there is something for the tensor cores to do, `asked` when all that there will be is queued.
-// sums: the accumulator of this warpgroup's rows, or both of a tile that is its own.
+// sums: the accumulator of this warpgroup's rows, or both of a tile that is its own. stages: of
+// this warpgroup; none where it is the second for the only one.
 template <class Config, class Input, Major kMajorB, class Sums, class Meanwhile, class Asked>
 __device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& barriers,
                                          int stages, int group, Sums& sums,
                                          RingPosition<Config>& at, const Meanwhile& meanwhile,
                                          const Asked& asked) {
-  const uint32_t first = SlotAddress<Config>(ring, at.slot);
+  if constexpr (Config::kSameRows) {
+    if (stages == 0) {
+#pragma unroll
+      for (float& sum : sums) sum = 0.0f;
+      return meanwhile();
+    }
+  }
+  const uint32_t first = SlotUnits<Config>(ring, at.slot);
   barrier_wait(barriers.Full(at.slot), at.parity);
   MultiplyStage<Config, Input, kMajorB>(sums, first, group, 0);
   int previous = at.slot;
-  at.Advance();
+  at.AdvanceToOwn();
   meanwhile();
 #pragma unroll 1
   for (int stage = 1; stage < stages; ++stage) {
-    const uint32_t next = SlotAddress<Config>(ring, at.slot);
+    const uint32_t next = SlotUnits<Config>(ring, at.slot);
     barrier_wait(barriers.Full(at.slot), at.parity);
     MultiplyStage<Config, Input, kMajorB>(sums, next, group, 1);
     wgmma_wait<1>();
     ReleaseStage(barriers, previous);
     previous = at.slot;
-    at.Advance();
+    at.AdvanceToOwn();
   }
   asked();
   wgmma_wait<0>();
@@ -118,7 +131,7 @@ __device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Con
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     Accumulator<Config> part;
-    const uint32_t next = SlotAddress<Config>(ring, at.slot);
+    const uint32_t next = SlotUnits<Config>(ring, at.slot);
     barrier_wait(barriers.Full(at.slot), at.parity);
     MultiplyStagePlanes<Config, kMajorB>(part, next, group);
     if (stage == 0) meanwhile();

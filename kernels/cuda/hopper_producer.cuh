@@ -7,41 +7,110 @@
 
 namespace fxfuse {
 
-__device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
-// Brings `rows` rows of a plane of B, from `n` on, or as many columns, at `k`, in boxes of `box`.
-// Of an interleaved B what lies beyond the last multiple of 32 rows is its tail's.
-template <class Config>
-__device__ __forceinline__ void CopyB(const HopperArguments& arguments, const CUtensorMap& map,
-                                      int box, uint32_t to, uint32_t full, int n, int rows, int k,
-                                      int plane) {
-  const int first = n + plane * arguments.plane_rows_b;
-  const int whole = Config::kPlanes * arguments.plane_rows_b / 32 * 32;
-  for (int i = 0; i < rows; i += box) {
-    if (arguments.layout_b == LayoutB::kInterleaved) {
-      const bool inside = first + i < whole;
-      copy_box(to + i * kRowBytes, inside ? &map : &arguments.b_tail, full, k, 0, 0, 0,
-               inside ? (first + i) / 32 : 0);
-    } else if (arguments.layout_b == LayoutB::kRows) {
-      copy_box(to + i * kRowBytes, &map, full, k, first + i);
-    } else {
-      copy_box(to + i * kRowBytes, &map, full, n + i, k, plane);
-    }
-  }
+// A value of lane 0, which the compiler then knows to be uniform.
+template <class T>
+__device__ __forceinline__ T Uniform(T value) {
+  return __shfl_sync(~0u, value, 0);
 }
 
-// Two warps produce, a thread of each: one brings A and announces the bytes of a stage, the other
-// (`brings_b`) brings B. One alone is too slow for the narrowest tile.
+__device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// Where a stage goes in shared memory, and the barrier that counts its bytes.
+struct StagePlace {
+  uint32_t to, full;
+};
+
+// A block's tile as its boxes: rows of A and of B (or columns) that it has, and of a box of each.
 //
 // Boxes that lie outside the matrices are left out: bringing zeros takes longer than bringing data
 // (an H200 took 79 us for 1 x 8192 -> 8192 where it took 42 for 128 rows). What the tile holds in
 // their place reaches no result that is stored.
 template <class Config>
+struct TileBoxes {
+  TileOrigin tile;
+  const CUtensorMap &a, &b;
+  int rows_a, rows_b;
+  int box_a, box_b;
+
+  __device__ __forceinline__ TileBoxes(const HopperArguments& arguments, const TileOrigin& origin)
+      : TileBoxes(arguments, origin, static_cast<int>(arguments.program.rows) - origin.row,
+                  static_cast<int>(arguments.program.columns) - origin.column) {}
+
+ private:
+  __device__ __forceinline__ TileBoxes(const HopperArguments& arguments, const TileOrigin& origin,
+                                       int left_m, int left_n)
+      : tile(origin),
+        a(left_m >= Config::kM ? arguments.a : arguments.a_edge),
+        b(left_n >= Config::kN ? arguments.b : arguments.b_edge),
+        rows_a(left_m >= Config::kM ? Config::kM : RoundUp(left_m, arguments.edge_a)),
+        rows_b(left_n >= Config::kN ? Config::kN : RoundUp(left_n, arguments.edge_b)),
+        box_a(left_m >= Config::kM ? Config::kM : arguments.edge_a),
+        box_b(left_n >= Config::kN && arguments.layout_b != LayoutB::kColumns ? Config::kN
+                                                                              : arguments.edge_b) {}
+};
+
+// Brings what a tile has of plane `plane` of A at `k`.
+template <class Config>
+__device__ __forceinline__ void BringA(const HopperArguments& arguments,
+                                       const TileBoxes<Config>& boxes, const StagePlace& place,
+                                       int k, int plane) {
+  for (int i = 0; i < boxes.rows_a; i += boxes.box_a) {
+    copy_box(place.to + plane * Config::kBytesA + i * kRowBytes, &boxes.a, place.full, k,
+             boxes.tile.row + plane * arguments.plane_rows_a + i);
+  }
+}
+
+// The same of B. Of an interleaved B what lies beyond the last multiple of 32 rows is its tail's.
+template <class Config>
+__device__ __forceinline__ void BringB(const HopperArguments& arguments,
+                                       const TileBoxes<Config>& boxes, const StagePlace& place,
+                                       int k, int plane) {
+  const int first = boxes.tile.column + plane * arguments.plane_rows_b;
+  const int whole = Config::kPlanes * arguments.plane_rows_b / 32 * 32;
+  const uint32_t from = place.to + Config::kPlanes * Config::kBytesA + plane * Config::kBytesB;
+  for (int i = 0; i < boxes.rows_b; i += boxes.box_b) {
+    const uint32_t to = from + i * kRowBytes;
+    if (arguments.layout_b == LayoutB::kInterleaved) {
+      const bool inside = first + i < whole;
+      copy_box(to, inside ? &boxes.b : &arguments.b_tail, place.full, k, 0, 0, 0,
+               inside ? (first + i) / 32 : 0);
+    } else if (arguments.layout_b == LayoutB::kRows) {
+      copy_box(to, &boxes.b, place.full, k, first + i);
+    } else {
+      copy_box(to, &boxes.b, place.full, boxes.tile.column + i, k, plane);
+    }
+  }
+}
+
+// Brings all of a stage that is this thread's.
+template <class Config>
+__device__ __forceinline__ void BringStage(const HopperArguments& arguments,
+                                           const TileBoxes<Config>& boxes, const StagePlace& place,
+                                           int stage, bool brings_b) {
+#pragma unroll
+  for (int p = 0; p < Config::kPlanes; ++p) {
+    if (brings_b) {
+      BringB(arguments, boxes, place, stage * Config::kStageK, p);
+    } else {
+      BringA(arguments, boxes, place, stage * Config::kStageK, p);
+    }
+  }
+}
+
+// Two warps produce: one brings A and announces the bytes of a stage, the other (`brings_b`) brings
+// B. One alone is too slow for the narrowest tile.
+//
+// A thread of each issues, but the warp stays together and lane 0 says where things are: what the
+// compiler does not know to be uniform it passes to the copy engine in a loop over the warp's
+// lanes.
+template <class Config>
 __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32_t ring,
                                         const Barriers<Config>& barriers, const BlockWork& work,
                                         bool brings_b) {
   RingPosition<Config> at;
-  const bool issues = threadIdx.x % 32 == 0;
+  ring = Uniform(ring);
+  const Barriers<Config> uniform{Uniform(barriers.base)};
+  const int first_stage = Uniform(work.first_stage);
   TileOrigin tile = FindTile<Config>(arguments, 0);
   await_turn();
   for (int round = 1; tile.row >= 0; tile = FindTile<Config>(arguments, round++)) {
@@ -49,36 +118,17 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
     if constexpr (Config::kPlanes == 2) {
       if (HasSpecial<Config>(arguments, tile)) stages *= 2;
     }
-    if (!issues) continue;
-    const int left_m = static_cast<int>(arguments.program.rows) - tile.row;
-    const int left_n = static_cast<int>(arguments.program.columns) - tile.column;
-    const bool whole_a = left_m >= Config::kM, whole_b = left_n >= Config::kN;
-    const int rows_a = whole_a ? Config::kM : RoundUp(left_m, arguments.edge_a);
-    const int rows_b = whole_b ? Config::kN : RoundUp(left_n, arguments.edge_b);
-    const int box_a = whole_a ? Config::kM : arguments.edge_a;
-    const int box_b =
-        whole_b && arguments.layout_b != LayoutB::kColumns ? Config::kN : arguments.edge_b;
-    const CUtensorMap& a = whole_a ? arguments.a : arguments.a_edge;
-    const CUtensorMap& b = whole_b ? arguments.b : arguments.b_edge;
+    const TileBoxes<Config> boxes(arguments, {Uniform(tile.row), Uniform(tile.column)});
     for (int stage = 0; stage < stages; ++stage) {
-      barrier_wait(barriers.Empty(at.slot), at.parity ^ 1);
-      const uint32_t full = barriers.Full(at.slot);
-      const uint32_t to_a = ring + at.slot * Config::kStageBytes;
-      const uint32_t to_b = to_a + Config::kPlanes * Config::kBytesA;
+      barrier_wait(uniform.Empty(at.slot), at.parity ^ 1);
+      const uint32_t full = uniform.Full(at.slot);
       const int again = Config::kPlanes == 2 && stage >= work.stages ? work.stages : 0;
-      const int k = (work.first_stage + stage - again) * Config::kStageK;
-      if (!brings_b) barrier_arrive_expect(full, Config::kPlanes * (rows_a + rows_b) * kRowBytes);
-#pragma unroll
-      for (int p = 0; p < Config::kPlanes; ++p) {
-        if (brings_b) {
-          CopyB<Config>(arguments, b, box_b, to_b + p * Config::kBytesB, full, tile.column, rows_b,
-                        k, p);
-        } else {
-          for (int i = 0; i < rows_a; i += box_a) {
-            copy_box(to_a + p * Config::kBytesA + i * kRowBytes, &a, full, k,
-                     tile.row + p * arguments.plane_rows_a + i);
-          }
+      if (elect_thread()) {
+        if (!brings_b) {
+          barrier_arrive_expect(full, Config::kPlanes * (boxes.rows_a + boxes.rows_b) * kRowBytes);
         }
+        BringStage(arguments, boxes, StagePlace{ring + at.slot * Config::kStageBytes, full},
+                   first_stage + stage - again, brings_b);
       }
       at.Advance();
     }

@@ -10,10 +10,10 @@
 // DeviceDoubleMath is in math_double.cuh.
 //
 // Special functions are the budget of an epilogue: an SM has 16 a cycle, and 128 multiply-adds, so
-// one of them costs what eight other instructions do. A gelu is two (ex2, rcp); a sigmoid two in
-// the first policy and one in the others, whose reciprocal is made of multiply-adds; a tanh two in
-// the first and one in the others. What is known to lie in [-1, 1] (tanh_unit, gelu_unit) takes a
-// polynomial and none.
+// one of them costs what eight other instructions do. The first policy takes two for a gelu, a
+// sigmoid or a tanh, the others one: a gelu's tail is 2 to the power of a polynomial, a sigmoid's
+// reciprocal is made of multiply-adds. What is known to lie in [-1, 1] (tanh_unit, gelu_unit) takes
+// a polynomial and none.
 //
 // Errors given here are of the formula in fp32, special functions at their documented bounds; those
 // of fits were found by a scan in double.
@@ -106,11 +106,10 @@ static __device__ __forceinline__ float OnePlus(float e) {
   return Min(1.0f + e, __uint_as_float(kGuessLimit));
 }
 
-// x Phi(x), given exp(-x^2 / 2) and exp(x^2 / 2) Phi(-|x|): x - x Phi(-x) on the right. Zeros and
-// infinities come out as those of 0.5 x (1 + erf(x / sqrt 2)), NaN for -inf; so on the right alone
-// the tail's factor is finite.
-static __device__ __forceinline__ float GeluOf(float x, float bell, float mills) {
-  return fmaf(-fabsf(fminf(x, 100.0f)) * bell, mills, Max(x, -0.0f));
+// x Phi(x), given Phi(-|x|): x - x Phi(-x) on the right. Zeros and infinities come out as those of
+// 0.5 x (1 + erf(x / sqrt 2)), NaN for -inf; so on the right alone the tail's factor is finite.
+static __device__ __forceinline__ float GeluOf(float x, float tail) {
+  return fmaf(-fabsf(fminf(x, 100.0f)), tail, Max(x, -0.0f));
 }
 
 static __device__ __forceinline__ float Bell(float x) {  // exp(-x^2 / 2)
@@ -196,7 +195,7 @@ struct DeviceMath {
   // all is within 2 ulp; on the left the rounding of x^2 grows, to 2^-19 of the result at -5.
   static FXFUSE_HD float gelu(float x) {
     return device_math::SelectBelow(x, 1.5f, gelu_unit(x),
-                                    device_math::GeluOf(x, device_math::Bell(x), Mills(x)));
+                                    device_math::GeluOf(x, device_math::Bell(x) * Mills(x)));
   }
   // gelu(x) for x in [-1, 1], and in fact in [-1.5, 1.5]: fit error 2^-27, 2 ulp in all.
   static FXFUSE_HD float gelu_unit(float x) { return x * normal_unit(x).below; }
@@ -305,9 +304,18 @@ struct DeviceHalfMath : DeviceMath {
     const float n = e * (e + 2.0f);
     return x * (n * device_math::Rcp(n + 2.0f));
   }
-  // x Phi(x). Error 2^-14.6 of the result, to where it is a subnormal fp32.
+  // x Phi(x), with Phi(-|x|) as 2^p(|x|). Error 2^-17 of the result from -6.5 on. Further left,
+  // where it is below 2^-31, p falls too fast; there 1 + erf in fp32 has lost all digits, too.
   static FXFUSE_HD float gelu(float x) {
-    return device_math::GeluOf(x, device_math::Bell(x), Mills(x));
+    const float a = fabsf(x);
+    float p = fmaf(a, -1.75777745e-06f, 5.99365994e-05f);
+    p = fmaf(a, p, -0.000916363089f);
+    p = fmaf(a, p, 0.00844738632f);
+    p = fmaf(a, p, -0.053824503f);
+    p = fmaf(a, p, -0.45861569f);
+    p = fmaf(a, p, -1.15118015f);
+    p = fmaf(a, p, -1.00000381f);
+    return device_math::GeluOf(x, device_math::Ex2(p));
   }
   // gelu(x) for x in [-1, 1]. Error 2^-19, none at the ends.
   static FXFUSE_HD float gelu_unit(float x) { return x * normal_unit(x).below; }
@@ -333,15 +341,6 @@ struct DeviceHalfMath : DeviceMath {
     p = fmaf(t, p, 0.127414796f);
     const float tail = p * t * bell;
     return {x > 0.0f ? 1.0f - tail : tail, bell};
-  }
-  // exp(x^2 / 2) Phi(-|x|) = t poly(t) with t = 1 / (1 + 0.37 |x|): the form of Abramowitz and
-  // Stegun, 7.1.26, fitted for its relative error on [0, 13].
-  static FXFUSE_HD float Mills(float x) {
-    const float t = device_math::Rcp(fmaf(fabsf(x), 0.37f, 1.0f));
-    float p = fmaf(t, -0.0903520921f, 0.209933119f);
-    p = fmaf(t, p, 0.0761383235f);
-    p = fmaf(t, p, 0.157376596f);
-    return t * fmaf(t, p, 0.146919648f);
   }
 };
 
@@ -370,6 +369,16 @@ struct DeviceFastMath : DeviceHalfMath {
     return x * fmaf(u, p, 0.99991832f);
   }
   static FXFUSE_HD float gelu_unit(float x) { return x * normal_unit(x).below; }
+  // As in DeviceHalfMath, with error 2^-12 of the result from -5.5 on, where it is 2^-23.
+  static FXFUSE_HD float gelu(float x) {
+    const float a = fabsf(x);
+    float p = fmaf(a, -0.000233251005f, 0.00486976933f);
+    p = fmaf(a, p, -0.0445989892f);
+    p = fmaf(a, p, -0.469681144f);
+    p = fmaf(a, p, -1.14626074f);
+    p = fmaf(a, p, -1.00035906f);
+    return device_math::GeluOf(x, device_math::Ex2(p));
+  }
   static FXFUSE_HD Normal normal_unit(float x) {
     const float u = x * x;
     const float p = fmaf(u, fmaf(u, 0.00801769997f, -0.0654545595f), 0.398790689f);

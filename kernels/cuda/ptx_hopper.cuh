@@ -119,6 +119,37 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// The same, but of memory it publishes initialised barriers alone. The release of the one above
+// waits until all of the GPU sees what this thread has written or asked for.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// The address for the functions below of what lies at `address` in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// Arrives at a remote barrier, and publishes nothing.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+// Writes to remote memory, and counts 16 bytes at a barrier beside it, where they are expected.
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float4 value) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(to),
+      "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
+}
+
 // Writes to the shared-memory offset `to` of block `rank` of the cluster.
 __device__ __forceinline__ void store_remote(uint32_t to, uint32_t rank, float4 value) {
   asm volatile(
@@ -129,6 +160,25 @@ __device__ __forceinline__ void store_remote(uint32_t to, uint32_t rank, float4 
       "}" ::"r"(to),
       "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
       : "memory");
+}
+
+// True for one thread of a warp that is together.
+__device__ __forceinline__ bool elect_thread() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred chosen;\n"
+      "elect.sync _|chosen, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, chosen;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// Waits for `kThreads` threads of the block at one of its barriers 1 to 15.
+template <int kThreads>
+__device__ __forceinline__ void barrier_sync(int barrier) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // Registers: the producer gives up what the consumers take.
@@ -164,14 +214,15 @@ enum class Major {
   kMN  // blocks of 64 along M or N: 64 rows, one for each k, of 128 bytes
 };
 
-// Describes an operand to wgmma. `address` may lie a multiple of 32 bytes below 128 along a row.
+// Describes to wgmma an operand at so many times 16 bytes in shared memory: where a row begins, or
+// a multiple of 32 bytes below 128 along it.
 template <Major kMajor>
-__device__ __forceinline__ uint64_t describe(uint32_t address) {
+__device__ __forceinline__ uint64_t describe(uint32_t units) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
   // From one block of 64 along N to the next; the swizzle fixes what it is along K.
   constexpr uint64_t kBlock = uint64_t{kMajor == Major::kMN ? 64 * 128 >> 4 : 1} << 16;
-  return kSwizzle128 | kEightRows | kBlock | ((address & 0x3ffff) >> 4);
+  return kSwizzle128 | kEightRows | kBlock | units;
 }
 
 // What 16 elements further along K add to a descriptor.

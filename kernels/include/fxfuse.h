@@ -35,8 +35,9 @@ extern "C" {
 #define FXFUSE_MAX_GROUP_WIDTH 1024  // columns of a group that an op adds up
 #define FXFUSE_MAX_SPLITS 2
 #define FXFUSE_MAX_FACTOR_COLUMNS 32768
-#define FXFUSE_TILE_IN_TURNS 1024  // see fxfuse_problem.tile
-#define FXFUSE_PLANE_ROWS 32       // rows of a plane are allocated in multiples of it
+#define FXFUSE_TILE_IN_TURNS 1024    // see fxfuse_problem.tile
+#define FXFUSE_TILE_OF_64_ROWS 2048  // the same
+#define FXFUSE_PLANE_ROWS 32         // rows of a plane are allocated in multiples of it
 
 typedef enum {
   FXFUSE_OK = 0,
@@ -163,8 +164,8 @@ typedef struct {
   int32_t planes;  // 0: A and B are not planes
   int32_t route;   // fxfuse_route
   // For measurements of the Hopper and skinny routes: 16 * the columns of a tile (with
-  // FXFUSE_TILE_IN_TURNS added for one that warpgroups take in turns) + the blocks that divide K; 0
-  // has the library choose.
+  // FXFUSE_TILE_IN_TURNS added for one that warpgroups take in turns, FXFUSE_TILE_OF_64_ROWS for
+  // one of 64 rows on the Hopper route) + the blocks that divide K; 0 has the library choose.
   int32_t tile;
   fxfuse_program program;
 } fxfuse_problem;
