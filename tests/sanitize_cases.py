@@ -26,7 +26,6 @@ from fxfuse.recipes import Static
 from fxfuse.split import split, split_reference
 from fxfuse.vjp import Reduction
 
-DEVICE = "cuda"
 # The second chain keeps a slot, reads every operand kind and stores twice.
 CHAIN = "t1 = add acc, $0; t2 = silu t1; t3 = mul t2, $1; store t3"
 WIDE = "t1 = gelu acc; t2 = mul t1, $0; t3 = add t2, $1; t4 = mul t3, acc; store t4, t1"
@@ -39,7 +38,7 @@ TOLERANCE[torch.float64] = 1e-7  # where a result is cast to fp32
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape).to(dtype).to(DEVICE)
+    return torch.randn(shape).to(dtype).cuda()
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -138,7 +137,7 @@ def planes_cases(
             if special:
                 x[5, 7] = torch.inf
             stored = weight.t().contiguous() if turned else weight
-            inputs = [t.to(DEVICE) for t in (x, stored, bias)]
+            inputs = [t.cuda() for t in (x, stored, bias)]
             found = run_tile(*inputs, [], program, tile, division, turned, planes, route)
             if found is None:
                 continue

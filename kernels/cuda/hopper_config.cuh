@@ -12,6 +12,12 @@ namespace fxfuse {
 
 constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
 
+// A value of lane 0, which the compiler then knows to be uniform.
+template <class T>
+__device__ __forceinline__ T Uniform(T value) {
+  return __shfl_sync(~0u, value, 0);
+}
+
 template <class Math_, int kChainDtype_, int kPlanes_, int kN_, int kStages_,
           bool kFullOperands_ = true, bool kPingPong_ = false, int kM_ = 128>
 struct HopperConfig {

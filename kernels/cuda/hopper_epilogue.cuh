@@ -13,6 +13,17 @@ namespace fxfuse {
 
 // Reduction ---------------------------------------------------------------------------------------
 
+// Adds sums that lie in shared memory, four of this lane's in each `step` bytes from `at` on.
+template <class Config>
+__device__ __forceinline__ void AddSums(uint32_t at, int step, Accumulator<Config>& accumulator) {
+#pragma unroll
+  for (int i = 0; i < Config::kN / 8; ++i) {
+    const float4 other = load_shared(at + i * step);
+    float* const d = &accumulator[4 * i];
+    d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
+  }
+}
+
 // Adds the second warpgroup's sums of the same rows to the first's, through shared memory at
 // `sums`.
 template <class Config>
@@ -26,12 +37,7 @@ __device__ __forceinline__ void AddGroups(uint32_t sums, int group,
     if (group == 1) store_shared(at + i * 2048, make_float4(d[0], d[1], d[2], d[3]));
   }
   barrier_sync<256>(kConsumers);
-#pragma unroll
-  for (int i = 0; group == 0 && i < Config::kN / 8; ++i) {
-    const float4 other = load_shared(at + i * 2048);
-    float* const d = &accumulator[4 * i];
-    d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
-  }
+  if (group == 0) AddSums<Config>(at, 2048, accumulator);
   barrier_sync<256>(kConsumers);
 }
 
@@ -81,13 +87,7 @@ __device__ __forceinline__ bool ReduceCluster(const HopperArguments& arguments, 
   barrier_wait(barriers.Parts(warp), 0);
 #pragma unroll 1
   for (int sender = 0; sender < split; ++sender) {
-    if (sender == owner) continue;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const float4 part = load_shared(slot(sender) + i * 512);
-      float* const d = &accumulator[4 * i];
-      d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
-    }
+    if (sender != owner) AddSums<Config>(slot(sender), 512, accumulator);
   }
   return true;
 }

@@ -38,8 +38,8 @@ namespace fxfuse {
 template <class Config>
 __device__ __forceinline__ void Consume(const HopperArguments& arguments, uint32_t ring,
                                         const Barriers<Config>& barriers, const BlockWork& work) {
-  // From lane 0, and so uniform to the compiler, which then keeps descriptors in uniform registers.
-  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+  // Uniform, for then the compiler keeps descriptors in uniform registers.
+  const int group = Uniform(static_cast<int>(threadIdx.x) / 128 - 1);
   const int group_row = Config::kSameRows ? 0 : group * 64;
   const int warp_row = group_row + threadIdx.x / 32 % 4 * 16;
   const int rows = static_cast<int>(arguments.program.rows);
@@ -126,7 +126,7 @@ template <class Config>
 __device__ __forceinline__ void ConsumeInTurns(const HopperArguments& arguments, uint32_t ring,
                                                const Barriers<Config>& barriers,
                                                const BlockWork& work) {
-  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128 - 1, 0);
+  const int group = Uniform(static_cast<int>(threadIdx.x) / 128 - 1);
   const int warp_row = threadIdx.x / 32 % 4 * 16;
   const int rows = static_cast<int>(arguments.program.rows);
   ChainOf<Config> chain(arguments.program);

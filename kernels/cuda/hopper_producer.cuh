@@ -7,18 +7,7 @@
 
 namespace fxfuse {
 
-// A value of lane 0, which the compiler then knows to be uniform.
-template <class T>
-__device__ __forceinline__ T Uniform(T value) {
-  return __shfl_sync(~0u, value, 0);
-}
-
 __device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
-// Where a stage goes in shared memory, and the barrier that counts its bytes.
-struct StagePlace {
-  uint32_t to, full;
-};
 
 // A block's tile as its boxes: rows of A and of B (or columns) that it has, and of a box of each.
 //
@@ -31,31 +20,31 @@ struct TileBoxes {
   const CUtensorMap &a, &b;
   int rows_a, rows_b;
   int box_a, box_b;
-
-  __device__ __forceinline__ TileBoxes(const HopperArguments& arguments, const TileOrigin& origin)
-      : TileBoxes(arguments, origin, static_cast<int>(arguments.program.rows) - origin.row,
-                  static_cast<int>(arguments.program.columns) - origin.column) {}
-
- private:
-  __device__ __forceinline__ TileBoxes(const HopperArguments& arguments, const TileOrigin& origin,
-                                       int left_m, int left_n)
-      : tile(origin),
-        a(left_m >= Config::kM ? arguments.a : arguments.a_edge),
-        b(left_n >= Config::kN ? arguments.b : arguments.b_edge),
-        rows_a(left_m >= Config::kM ? Config::kM : RoundUp(left_m, arguments.edge_a)),
-        rows_b(left_n >= Config::kN ? Config::kN : RoundUp(left_n, arguments.edge_b)),
-        box_a(left_m >= Config::kM ? Config::kM : arguments.edge_a),
-        box_b(left_n >= Config::kN && arguments.layout_b != LayoutB::kColumns ? Config::kN
-                                                                              : arguments.edge_b) {}
 };
+
+template <class Config>
+__device__ __forceinline__ TileBoxes<Config> FindBoxes(const HopperArguments& arguments,
+                                                       const TileOrigin& tile) {
+  const int left_m = static_cast<int>(arguments.program.rows) - tile.row;
+  const int left_n = static_cast<int>(arguments.program.columns) - tile.column;
+  const bool whole_a = left_m >= Config::kM, whole_b = left_n >= Config::kN;
+  return {tile,
+          whole_a ? arguments.a : arguments.a_edge,
+          whole_b ? arguments.b : arguments.b_edge,
+          whole_a ? Config::kM : RoundUp(left_m, arguments.edge_a),
+          whole_b ? Config::kN : RoundUp(left_n, arguments.edge_b),
+          whole_a ? Config::kM : arguments.edge_a,
+          left_n < Config::kN || arguments.layout_b == LayoutB::kColumns ? arguments.edge_b
+                                                                         : Config::kN};
+}
 
 // Brings what a tile has of plane `plane` of A at `k`.
 template <class Config>
 __device__ __forceinline__ void BringA(const HopperArguments& arguments,
-                                       const TileBoxes<Config>& boxes, const StagePlace& place,
-                                       int k, int plane) {
+                                       const TileBoxes<Config>& boxes, uint32_t stage,
+                                       uint32_t full, int k, int plane) {
   for (int i = 0; i < boxes.rows_a; i += boxes.box_a) {
-    copy_box(place.to + plane * Config::kBytesA + i * kRowBytes, &boxes.a, place.full, k,
+    copy_box(stage + plane * Config::kBytesA + i * kRowBytes, &boxes.a, full, k,
              boxes.tile.row + plane * arguments.plane_rows_a + i);
   }
 }
@@ -63,36 +52,21 @@ __device__ __forceinline__ void BringA(const HopperArguments& arguments,
 // The same of B. Of an interleaved B what lies beyond the last multiple of 32 rows is its tail's.
 template <class Config>
 __device__ __forceinline__ void BringB(const HopperArguments& arguments,
-                                       const TileBoxes<Config>& boxes, const StagePlace& place,
-                                       int k, int plane) {
+                                       const TileBoxes<Config>& boxes, uint32_t stage,
+                                       uint32_t full, int k, int plane) {
   const int first = boxes.tile.column + plane * arguments.plane_rows_b;
   const int whole = Config::kPlanes * arguments.plane_rows_b / 32 * 32;
-  const uint32_t from = place.to + Config::kPlanes * Config::kBytesA + plane * Config::kBytesB;
+  const uint32_t from = stage + Config::kPlanes * Config::kBytesA + plane * Config::kBytesB;
   for (int i = 0; i < boxes.rows_b; i += boxes.box_b) {
     const uint32_t to = from + i * kRowBytes;
     if (arguments.layout_b == LayoutB::kInterleaved) {
       const bool inside = first + i < whole;
-      copy_box(to, inside ? &boxes.b : &arguments.b_tail, place.full, k, 0, 0, 0,
+      copy_box(to, inside ? &boxes.b : &arguments.b_tail, full, k, 0, 0, 0,
                inside ? (first + i) / 32 : 0);
     } else if (arguments.layout_b == LayoutB::kRows) {
-      copy_box(to, &boxes.b, place.full, k, first + i);
+      copy_box(to, &boxes.b, full, k, first + i);
     } else {
-      copy_box(to, &boxes.b, place.full, boxes.tile.column + i, k, plane);
-    }
-  }
-}
-
-// Brings all of a stage that is this thread's.
-template <class Config>
-__device__ __forceinline__ void BringStage(const HopperArguments& arguments,
-                                           const TileBoxes<Config>& boxes, const StagePlace& place,
-                                           int stage, bool brings_b) {
-#pragma unroll
-  for (int p = 0; p < Config::kPlanes; ++p) {
-    if (brings_b) {
-      BringB(arguments, boxes, place, stage * Config::kStageK, p);
-    } else {
-      BringA(arguments, boxes, place, stage * Config::kStageK, p);
+      copy_box(to, &boxes.b, full, boxes.tile.column + i, k, plane);
     }
   }
 }
@@ -118,7 +92,7 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
     if constexpr (Config::kPlanes == 2) {
       if (HasSpecial<Config>(arguments, tile)) stages *= 2;
     }
-    const TileBoxes<Config> boxes(arguments, {Uniform(tile.row), Uniform(tile.column)});
+    const auto boxes = FindBoxes<Config>(arguments, {Uniform(tile.row), Uniform(tile.column)});
     for (int stage = 0; stage < stages; ++stage) {
       barrier_wait(uniform.Empty(at.slot), at.parity ^ 1);
       const uint32_t full = uniform.Full(at.slot);
@@ -127,8 +101,13 @@ __device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32
         if (!brings_b) {
           barrier_arrive_expect(full, Config::kPlanes * (boxes.rows_a + boxes.rows_b) * kRowBytes);
         }
-        BringStage(arguments, boxes, StagePlace{ring + at.slot * Config::kStageBytes, full},
-                   first_stage + stage - again, brings_b);
+        const uint32_t to = ring + at.slot * Config::kStageBytes;
+        const int k = (first_stage + stage - again) * Config::kStageK;
+#pragma unroll
+        for (int p = 0; p < Config::kPlanes; ++p) {
+          brings_b ? BringB(arguments, boxes, to, full, k, p)
+                   : BringA(arguments, boxes, to, full, k, p);
+        }
       }
       at.Advance();
     }

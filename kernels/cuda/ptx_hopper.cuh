@@ -152,14 +152,9 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float4 value
 
 // Writes to the shared-memory offset `to` of block `rank` of the cluster.
 __device__ __forceinline__ void store_remote(uint32_t to, uint32_t rank, float4 value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n"
-      "}" ::"r"(to),
-      "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
-      : "memory");
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_address(to, rank)),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
 }
 
 // True for one thread of a warp that is together.
