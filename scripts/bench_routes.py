@@ -2,8 +2,8 @@
 
 Writes the JSON that `fxfuse.preferences.preferred_route` is made from, and prints how cuBLAS's bare
 GEMM compares with bias and GELU fused. Device time: calls are captured in a CUDA graph, rotated
-over operands larger than the L2 together, and replayed; the median of 12 replays is kept. Outputs
-of every route are compared with float64 on the first 64 rows.
+over operands larger than the L2 together, and replayed, all of a shape in turns; the median of 12
+replays is kept. Outputs of every route are compared with float64 on the first 64 rows.
 
     python scripts/bench_routes.py [--json benchmarks/h200_routes.json]
 """
@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,16 @@ def truth(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, program: st
     return fused_linear(*operands, [operands[2]] if "$0" in program else [], program)
 
 
-def device_ms(calls: Sequence[Callable[[], object]]) -> float:
-    """Median milliseconds of one of `calls`, run one after the other from a graph."""
+class Captured(NamedTuple):
+    """Calls in a row, as a graph."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> Captured:
+    """A graph of `calls`, which are also made once."""
+    torch.cuda.synchronize()  # no stream waits for what made their operands
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -62,15 +70,29 @@ def device_ms(calls: Sequence[Callable[[], object]]) -> float:
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
-    samples = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(end) / len(calls))
-    return statistics.median(samples)
+    return Captured(graph, len(calls))
+
+
+def race(rivals: Sequence[Captured]) -> list[float]:
+    """Median milliseconds of a call of each.
+
+    They take turns, in an order that is turned round each time: a GPU that gets hot is slower.
+    """
+    samples: list[list[float]] = [[] for _ in rivals]
+    for turn in range(12):
+        for i in range(len(rivals))[:: 1 if turn % 2 else -1]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            rivals[i].graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            samples[i].append(start.elapsed_time(end) / rivals[i].calls)
+    return [statistics.median(times) for times in samples]
+
+
+def device_ms(calls: Sequence[Callable[[], object]]) -> float:
+    """Median milliseconds of one of `calls`, run one after the other from a graph."""
+    return race([captured(calls)])[0]
 
 
 def operand_sets(
@@ -89,8 +111,8 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, object]:
     x, weight = operand_sets(m, n, k, dtype)
     sets = len(x)
     bias = torch.randn(n, device="cuda").to(dtype)
-    line: dict[str, object] = {"m": m, "n": n, "k": k}
-    line["gemm_ms"] = device_ms([lambda i=i: F.linear(x[i], weight[i], bias) for i in range(sets)])
+    plain = [lambda i=i: F.linear(x[i], weight[i], bias) for i in range(sets)]
+    rivals = {"gemm_ms": captured(plain)}
     for name, program in PROGRAMS.items():
         expected = truth(x[0], weight[0], bias, program)
         operands = [bias] if "$0" in program else []
@@ -106,10 +128,10 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, object]:
                     continue
                 error = ((found.double() - expected).norm() / expected.norm()).item()
                 assert error < 1e-2, f"{route} {m}x{k}->{n}: error {error}"
-                line[f"{name}: {route}_ms"] = device_ms(
-                    [lambda i=i, c=call: c(i) for i in range(sets)]
-                )
-    return line
+                calls = [lambda i=i, c=call: c(i) for i in range(sets)]
+                rivals[f"{name}: {route}_ms"] = captured(calls)
+    times = race(list(rivals.values()))
+    return {"m": m, "n": n, "k": k, **dict(zip(rivals, times, strict=True))}
 
 
 def compared(lines: Sequence[dict[str, Any]], peer: str, ours: str) -> str:
