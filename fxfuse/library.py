@@ -37,7 +37,7 @@ SUMS = {Reduction.NONE: 0, Reduction.ROWS: 1, Reduction.COLUMNS: 2, Reduction.AL
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
 STATUS_UNSUPPORTED = 2
 # Added to a tile's columns in ProblemStruct.tile where warpgroups take turns, where it has 64 rows.
-TILE_IN_TURNS, TILE_OF_64_ROWS = 1024, 2048
+TILE_IN_TURNS, TILE_OF_64_ROWS, TILE_SHARES_A, TILE_SHARES_B = 1024, 2048, 4096, 8192
 POINTER_OPERAND = 3
 POINTER_OUTPUT = POINTER_OPERAND + MAX_OPERANDS
 POINTER_ROOTS = POINTER_OUTPUT + MAX_OUTPUTS

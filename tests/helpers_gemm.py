@@ -18,6 +18,8 @@ from fxfuse.library import (
     POINTER_SPECIAL,
     TILE_IN_TURNS,
     TILE_OF_64_ROWS,
+    TILE_SHARES_A,
+    TILE_SHARES_B,
     Gemm,
     Pointers,
 )
@@ -26,6 +28,7 @@ from fxfuse.split import Planes, plane_stride, split, split_against
 
 IN_TURNS, OF_64_ROWS = TILE_IN_TURNS + 128, TILE_OF_64_ROWS + 64  # of chains alone
 TILES = (256, 128, 64, IN_TURNS, OF_64_ROWS)
+SHARES = (TILE_SHARES_A, TILE_SHARES_B)  # to be added to any, for pairs of blocks
 SKINNY_TILES = (256, 128, 64, 32, 16)
 SPLITS = (1, 2, 4, 8)
 

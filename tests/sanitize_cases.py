@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from helpers_gemm import IN_TURNS, SKINNY_TILES, SPLITS, TILES, run_tile
+from helpers_gemm import IN_TURNS, SHARES, SKINNY_TILES, SPLITS, TILES, run_tile
 
 from fxfuse import library, recipes
 from fxfuse.errors import LibraryError
@@ -105,6 +105,25 @@ def hopper_cases() -> Iterator[tuple[str, bool]]:
             if found is not None:
                 name = f"hopper {dtype} {m}x{n}x{k} turned {turned} {tile}/{split_by}"
                 yield name, close(found[0], truths[program], dtype)
+
+
+def pairs_cases() -> Iterator[tuple[str, bool]]:
+    """Pairs of blocks that share a matrix: odd numbers of tiles, several to a block."""
+    dtype = torch.bfloat16
+    for (m, n, k), turned in itertools.product(
+        ((260, 392, 520), (130, 201, 136), (384, 768, 72), (300, 9000, 72)), (False, True)
+    ):
+        if turned and n % 8:
+            continue
+        x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)
+        a, b = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+        truth = chain(F.linear(exact(x), exact(weight), exact(bias)), exact(a), exact(b))
+        stored = weight.t().contiguous() if turned else weight
+        for tile, shares, split_by in itertools.product(TILES, SHARES, SPLITS):
+            found = run_tile(x, stored, bias, [a, b], CHAIN, tile + shares, split_by, turned)
+            if found is not None:
+                name = f"pairs {m}x{n}x{k} turned {turned} {tile} + {shares}/{split_by}"
+                yield name, close(found[0], truth, dtype)
 
 
 def turns_cases() -> Iterator[tuple[str, bool]]:
@@ -272,6 +291,7 @@ GROUPS: dict[str, Callable[[], Iterator[tuple[str, bool]]]] = {
     "split": split_cases,
     "planes": functools.partial(planes_cases, "portable"),
     "hopper": hopper_cases,
+    "pairs": pairs_cases,
     "turns": turns_cases,
     "hopper-1-plane": functools.partial(planes_cases, "hopper", (1,)),
     "hopper-1-turned": functools.partial(planes_cases, "hopper", (1,), True),

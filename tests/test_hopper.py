@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from helpers_gemm import (
     FAMILIES,
     IN_TURNS,
     OF_64_ROWS,
+    SHARES,
     SPLITS,
     TILES,
     error,
@@ -90,6 +95,16 @@ def test_inputs_between_multiples_of_16_bytes_take_the_other_recipe():
     assert recipe.run(even, odd, None, ()) == ["other"]
 
 
+def test_every_tile_has_a_price():
+    table = Path(__file__).parent.parent / "kernels" / "cuda" / "hopper_costs.inc"
+    rows = [re.findall(r"-?\d+", line) for line in table.read_text().splitlines()[1:]]
+    assert all(len(row) == 10 and min(map(int, row)) >= 0 for row in rows)
+    priced = {tuple(map(int, row[:4])) for row in rows}
+    assert len(priced) == len(rows)
+    lone = {(lines, 1, tile, 1) for lines in (0, 1) for tile in TILES}
+    assert lone | {(1, 2, 128, 1), (1, 2, 64, 1)} <= priced
+
+
 # Tiles --------------------------------------------------------------------------------------------
 
 
@@ -131,6 +146,38 @@ def test_every_tile_and_division(size, transposed, dtype):
             assert error(outputs[0], wide) < 8e-3, (tile, split)
             assert error(outputs[1], gelu) <= 1.05 * error(gelu.to(dtype), gelu) + 1e-5
     assert served >= 4
+
+
+# One tile a block and several; of odd numbers of tiles a pair's second lies outside the matrix, in
+# 384 x 768 without any tile at its edge.
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True], ids=["NK", "KN"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [*SIZES, (300, 9000, 64), (384, 768, 512), (640, 1160, 776), (4000, 4104, 1032)],
+    ids=str,
+)
+def test_pairs_are_to_the_bit_what_lone_blocks_are(size, dtype, transposed):
+    m, n, k = size
+    if transposed and n % 8:
+        pytest.skip("rows of a [K, N] weight start at multiples of 16 bytes")
+    planes = int(dtype == torch.float32)
+    x, weight = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype)
+    row, full = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
+    stored = weight.t().contiguous() if transposed else weight
+    served = 0
+    for tile, shares, split in itertools.product(TILES, SHARES, SPLITS):
+        lone, *pairs = (
+            run_tile(x, stored, None, [row, full], CHAIN, t, split, transposed, planes)
+            for t in (tile, tile + shares, tile + shares)
+        )
+        if lone is None or pairs[0] is None:
+            continue
+        served += 1
+        assert all(torch.equal(lone[0], outputs[0]) for outputs in pairs), (tile, shares, split)
+    assert served >= 4 or m * n < 2**14
 
 
 # Two tiles a block and more, at edges too; with fewer stages than the ring has, and more.

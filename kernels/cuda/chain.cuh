@@ -209,65 +209,63 @@ class Chain {
     Each(v, [&](float x) { return Apply<Math, op>(x, p0, 0.0f, p0, p1); });
   }
 
-  // Gives every block of 32 columns the sum over its group of `blocks` of them, out of what each
-  // lane of a quad has of each.
-  static __device__ __forceinline__ void AddUpGroups(int blocks, float (&sum)[kBlocks]) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) sum[b] += __shfl_xor_sync(~0u, sum[b], bit);
-    }
-#pragma unroll
-    for (int step = 1; step < kBlocks; step *= 2) {
-      if (step >= blocks) break;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        if ((b & step) == 0) sum[b] = sum[b + step] = sum[b] + sum[b + step];
-      }
-    }
+  // The mean and the sum of squared deviations of two sets of `count` numbers each, together, which
+  // both get (Chan, Golub and LeVeque, 1979): nothing cancels.
+  static __device__ __forceinline__ void Merge(float count, float other_mean, float other_squares,
+                                               float& mean, float& squares) {
+    const float apart = other_mean - mean;
+    mean = 0.5f * (mean + other_mean);
+    squares = fmaf(apart * apart, 0.5f * count, squares + other_squares);
   }
 
-  // (x - mean) / sqrt(variance + eps) over groups of p0 columns, eps being p1. The mean is taken
-  // twice: of what the first leaves, the second takes what rounding took, or a constant row would
-  // not be zero.
+  // (x - mean) / sqrt(variance + eps) over groups of p0 columns, eps being p1. Lanes begin with
+  // their own eight columns, and what they have of a constant row is zero.
   static __device__ __forceinline__ void Normalize(const ChainStep& step, Values& v) {
     const int blocks = static_cast<int>(step.p0) / kBlockStep;
     const float each = __frcp_rn(step.p0);  // exact: a power of two
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const int part = row / 2, h = row % 2;
-      float sum[kBlocks];
-#pragma unroll 1
-      for (int pass = 0; pass < 2; ++pass) {
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          sum[b] = 0.0f;
-#pragma unroll
-          for (int w = 0; w < kWidth; ++w) sum[b] += v[Index(part, b, h, w)];
-        }
-        AddUpGroups(blocks, sum);
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          const float mean = sum[b] * each;
-#pragma unroll
-          for (int w = 0; w < kWidth; ++w) v[Index(part, b, h, w)] -= mean;
-        }
-      }
+      float own[kBlocks], mean[kBlocks], squares[kBlocks];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        sum[b] = 0.0f;
+        const auto x = [&](int w) -> float& { return v[Index(part, b, h, w)]; };
+        own[b] = ((x(0) + x(1)) + (x(2) + x(3))) + ((x(4) + x(5)) + (x(6) + x(7)));
+        mean[b] = own[b] *= 1.0f / kWidth;
+        squares[b] = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) {
-          const float x = v[Index(part, b, h, w)];
-          sum[b] = fmaf(x, x, sum[b]);
+          x(w) -= own[b];
+          squares[b] = fmaf(x(w), x(w), squares[b]);
         }
       }
-      AddUpGroups(blocks, sum);
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          Merge(kWidth * bit, __shfl_xor_sync(~0u, mean[b], bit),
+                __shfl_xor_sync(~0u, squares[b], bit), mean[b], squares[b]);
+        }
+      }
+#pragma unroll
+      for (int apart = 1; apart < kBlocks; apart *= 2) {
+        if (apart >= blocks) break;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          if (b & apart) continue;
+          Merge(kBlockStep * apart, mean[b + apart], squares[b + apart], mean[b], squares[b]);
+          mean[b + apart] = mean[b], squares[b + apart] = squares[b];
+        }
+      }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const float rstd = rsqrtf(fmaf(sum[b], each, step.p1));
+        const float rstd = rsqrtf(fmaf(squares[b], each, step.p1));
+        const float shift = (own[b] - mean[b]) * rstd;
 #pragma unroll
-        for (int w = 0; w < kWidth; ++w) v[Index(part, b, h, w)] *= rstd;
+        for (int w = 0; w < kWidth; ++w) {
+          float& x = v[Index(part, b, h, w)];
+          x = fmaf(x, rstd, shift);
+        }
       }
     }
   }

@@ -10,6 +10,12 @@
 
 namespace fxfuse {
 
+// The block's barriers, by what they wait for. 0 is __syncthreads's.
+enum BlockBarrier {
+  kSums = 1,     // both warpgroups' sums
+  kSkipped = 2,  // and 3: a warpgroup has passed over its stages
+};
+
 constexpr int kRowBytes = 128;  // of a stage's rows: 64 elements of K, one swizzle row
 
 // A value of lane 0, which the compiler then knows to be uniform.
@@ -69,9 +75,10 @@ using Accumulator = float[Config::kN / 2];
 template <class Config>
 struct Barriers {
   uint32_t base;
-  // Stage s has been filled.
+  // Stage s has been filled, with A and with B.
   __device__ __forceinline__ uint32_t Full(int s) const { return base + 8 * s; }
-  // Stage s has been read by all its readers.
+  // Stage s has been read by all its readers, those of the other block of a pair included: what one
+  // of them brings goes to both.
   __device__ __forceinline__ uint32_t Empty(int s) const {
     return base + 8 * (Config::kStages + s);
   }
@@ -81,7 +88,7 @@ struct Barriers {
   __device__ __forceinline__ uint32_t Turn(int group) const {
     return base + 8 * (2 * Config::kStages + group);
   }
-  // Where K is divided: all other blocks of the cluster have read their stages to the end; a warp
+  // Where K is divided: all other blocks that do have read their stages to the end; a warp
   // has got all parts of its rows' sums.
   __device__ __forceinline__ uint32_t Free() const { return base + 8 * (2 * Config::kStages); }
   __device__ __forceinline__ uint32_t Parts(int warp) const { return Free() + 8 * (1 + warp); }
@@ -92,37 +99,53 @@ template <class Config>
 struct RingPosition {
   int slot = 0;
   uint32_t parity = 0;
-  // To the next stage, or to the next of a warpgroup's.
-  __device__ __forceinline__ void Advance() { Step(1); }
-  __device__ __forceinline__ void AdvanceToOwn() { Step(Config::kSameRows ? 2 : 1); }
-  __device__ __forceinline__ void Skip(int stages) {
-    const int to = slot + stages;
-    parity ^= to / Config::kStages & 1;
-    slot = to % Config::kStages;
-  }
-
- private:
-  __device__ __forceinline__ void Step(int stages) {
+  // Fewer stages than the ring has.
+  __device__ __forceinline__ void Advance(int stages = 1) {
     slot += stages;
     if (slot >= Config::kStages) {
       slot -= Config::kStages;
       parity ^= 1;
     }
   }
+  // To the next of a warpgroup's stages.
+  __device__ __forceinline__ void AdvanceToOwn() { Advance(Config::kSameRows ? 2 : 1); }
+  __device__ __forceinline__ void Skip(int stages) {
+    const int to = slot + stages;
+    parity ^= to / Config::kStages & 1;
+    slot = to % Config::kStages;
+  }
 };
 
 // This block's part of K.
 struct BlockWork {
-  int rank;  // in the cluster that shares a tile
+  int rank;  // among those that divide K of its tile
   int first_stage, stages;
 };
+
+// The cluster's first block of those that divide K of this block's tile: pairs have two such sets.
+__device__ __forceinline__ int FirstRank(const HopperArguments& arguments) {
+  return static_cast<int>(cluster_rank()) & arguments.split;
+}
+
+// The block of the cluster that has the same part of K of the other tile of a pair.
+__device__ __forceinline__ int Partner(const HopperArguments& arguments) {
+  return static_cast<int>(cluster_rank()) ^ arguments.split;
+}
 
 __device__ __forceinline__ BlockWork DescribeWork(const HopperArguments& arguments) {
   const int split = arguments.split;
   if (split == 1) return {0, 0, arguments.stages};
-  const int rank = static_cast<int>(cluster_rank());
-  const int first = arguments.stages * rank / split;
-  return {rank, first, arguments.stages * (rank + 1) / split - first};
+  const int rank = static_cast<int>(cluster_rank()) & (split - 1);
+  const int halvings = __ffs(split) - 1;
+  const int first = arguments.stages * rank >> halvings;
+  return {rank, first, (arguments.stages * (rank + 1) >> halvings) - first};
+}
+
+// n / d, for n below 2^24: half the instructions of a division.
+__device__ __forceinline__ int Quotient(int n, int d) {
+  const int quotient = static_cast<int>(__fdividef(static_cast<float>(n), static_cast<float>(d)));
+  const int rest = n - quotient * d;  // off by one at most
+  return quotient + (rest >= d ? 1 : 0) - (rest < 0 ? 1 : 0);
 }
 
 // Where a tile begins; at row -1 if there is no such tile.
@@ -130,21 +153,25 @@ struct TileOrigin {
   int row, column;
 };
 
-// The `round`-th tile of this block. Clusters take tiles in turns. Groups of 8 tile rows are walked
-// column by column, so that the blocks running at one time share few rows of A and B in L2.
+// The `round`-th tile of this block. Clusters take tiles, or pairs of them, in turns. Groups of 8
+// tile rows are walked column by column, so that the blocks running at one time share few rows of A
+// and B in L2. Of a pair the second may lie outside the matrix.
 //
 // Everything is asked of the hardware anew, so that nothing is kept in registers from tile to tile.
 template <class Config>
 __device__ __forceinline__ TileOrigin FindTile(const HopperArguments& arguments, int round) {
-  constexpr int kGroup = 8;
   const int index = cluster_index() + round * cluster_count();
   if (index >= arguments.tiles_m * arguments.tiles_n) return {-1, 0};
-  const int per_group = kGroup * arguments.tiles_n;
-  const int group = index / per_group;
+  const int most = arguments.pairs == Pairs::kShareB ? 4 : 8;
+  const int per_group = most * arguments.tiles_n;
+  const int group = Quotient(index, per_group);
   const int in_group = index - group * per_group;
-  const int rows = min(kGroup, arguments.tiles_m - group * kGroup);
-  const int tile_n = in_group / rows;
-  const int tile_m = group * kGroup + in_group - tile_n * rows;
+  const int rows = min(most, arguments.tiles_m - group * most);
+  int tile_n = Quotient(in_group, rows);
+  int tile_m = group * most + in_group - tile_n * rows;
+  const int second = FirstRank(arguments) != 0 ? 1 : 0;
+  if (arguments.pairs == Pairs::kShareA) tile_n = 2 * tile_n + second;
+  if (arguments.pairs == Pairs::kShareB) tile_m = 2 * tile_m + second;
   return {tile_m * Config::kM, tile_n * Config::kN};
 }
 

@@ -29,20 +29,19 @@ __device__ __forceinline__ void AddSums(uint32_t at, int step, Accumulator<Confi
 template <class Config>
 __device__ __forceinline__ void AddGroups(uint32_t sums, int group,
                                           Accumulator<Config>& accumulator) {
-  constexpr int kConsumers = 1;  // the named barrier
   const uint32_t at = sums + threadIdx.x % 128 * 16;
 #pragma unroll
   for (int i = 0; i < Config::kN / 8; ++i) {
     const float* d = &accumulator[4 * i];
     if (group == 1) store_shared(at + i * 2048, make_float4(d[0], d[1], d[2], d[3]));
   }
-  barrier_sync<256>(kConsumers);
+  barrier_sync<256>(kSums);
   if (group == 0) AddSums<Config>(at, 2048, accumulator);
-  barrier_sync<256>(kConsumers);
+  barrier_sync<256>(kSums);
 }
 
-// Adds up what the blocks of a cluster have each got from their part of K. The 16 rows of warp w
-// are finished by block w % split; returns whether this is the block for this warp's rows. Of warps
+// Adds up what the blocks that divide K have each got from their part. The 16 rows of warp w are
+// finished by block w % split; returns whether this is the block for this warp's rows. Of warps
 // beyond the tile's rows none are inside.
 //
 // Parts travel by stores that count their bytes at a barrier of the receiver. A barrier of all
@@ -66,7 +65,7 @@ __device__ __forceinline__ bool ReduceCluster(const HopperArguments& arguments, 
   };
   const int in_group = threadIdx.x % 128;
   if (in_group < split && in_group != work.rank) {
-    barrier_arrive_remote(remote_address(barriers.Free(), in_group));
+    barrier_arrive_remote(remote_address(barriers.Free(), FirstRank(arguments) + in_group));
   }
   if (work.rank == owner && rows_inside && lane == 0) {
     barrier_arrive_expect(barriers.Parts(warp), (split - 1) * kSlotBytes);
@@ -75,8 +74,8 @@ __device__ __forceinline__ bool ReduceCluster(const HopperArguments& arguments, 
   barrier_wait(barriers.Free(), 0);
   if (!rows_inside) return false;
   if (work.rank != owner) {
-    const uint32_t to = remote_address(slot(work.rank), owner);
-    const uint32_t counts = remote_address(barriers.Parts(warp), owner);
+    const uint32_t to = remote_address(slot(work.rank), FirstRank(arguments) + owner);
+    const uint32_t counts = remote_address(barriers.Parts(warp), FirstRank(arguments) + owner);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const float* d = &accumulator[4 * i];
@@ -231,6 +230,7 @@ __device__ __forceinline__ void PrefetchOperands(const HopperArguments& argument
   const DeviceProgram& program = arguments.program;
   const int lane = threadIdx.x % 32;
   const int columns = min(Config::kN, static_cast<int>(program.columns) - column0);
+  if (columns <= 0) return;  // the second tile of a pair
   if (arguments.root_b != nullptr && lane * 32 < columns) {
     prefetch_line(arguments.root_b + column0 + lane * 32);
   }

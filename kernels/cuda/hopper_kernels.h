@@ -16,18 +16,28 @@ enum class LayoutB : int32_t {
   kColumns       // B [K, N]
 };
 
+// Pairs of blocks have tiles side by side, and what these have in common each brings half of, for
+// both (multicast).
+enum class Pairs : int32_t {
+  kNone,
+  kShareA,  // pairs of tiles along N
+  kShareB   // along M
+};
+
 struct HopperArguments {
-  // A [M, K] and B, K by 64, in boxes of a tile's rows; and, for tiles at the edge of the matrix,
-  // of edge_a and edge_b rows. Of a B [K, N] all boxes have 64 columns.
+  // A [M, K] and B, K by 64, in boxes of a tile's rows, or of half as many of the matrix that pairs
+  // share; and, for tiles at the edge of the matrix, of edge_a and edge_b rows. Of a B [K, N] all
+  // boxes have 64 columns.
   CUtensorMap a, b;
   CUtensorMap a_edge, b_edge;
   CUtensorMap b_tail;  // of an interleaved B, the rows from the last multiple of 32 on
   int32_t edge_a, edge_b;
   LayoutB layout_b;
-  int32_t half;    // inputs are fp16, not bf16
-  int32_t stages;  // of 64 along K, over all of the split
-  int32_t split;   // blocks that divide K among them, a cluster: 1, 2, 4 or 8
-  int32_t tiles_m, tiles_n;
+  int32_t half;                        // inputs are fp16, not bf16
+  int32_t stages;                      // of 64 along K, over all of the split
+  int32_t split;                       // blocks that divide K among them: 1, 2, 4 or 8
+  Pairs pairs;                         // a cluster is one, each of `split` blocks twice
+  int32_t tiles_m, tiles_n;            // or pairs of tiles
   int32_t plane_rows_a, plane_rows_b;  // from one plane to the next
   // Null, or what undoes the scaling of A's and B's rows: acc * (root_a[m] * root_b[n])^2. Of
   // planes of a B [K, N] root_b and special_b are null: A has their part.
@@ -54,7 +64,9 @@ struct HopperKernel {
 
 constexpr int kHopperThreads = 384;
 constexpr int kMaxHopperKernels = 40;
-constexpr int kMaxSplit = 8;  // the largest cluster every GPU accepts
+constexpr int kMaxCluster = 8;  // every GPU accepts
+constexpr int kMaxSplit = kMaxCluster;
+constexpr int kMaxHopperTiles = 1 << 24;  // FindTile's limit
 
 // The instantiations, in hopper_*.cu.
 using HopperKernels = KernelList<HopperKernel>;

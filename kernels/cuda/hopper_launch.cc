@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "device.h"
@@ -21,6 +22,9 @@ PFN_cuTensorMapEncodeTiled_v12000 FindEncoder() {
   if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
 }
+
+// Whether rows of 16-bit elements begin where cache lines do, as the first does.
+bool WholeLines(int64_t stride) { return stride % 64 == 0; }
 
 // A tensor of 16-bit elements, and the box of it that one copy brings. Dimensions go from the
 // innermost, of adjacent elements; strides are in elements, from the second dimension on.
@@ -49,7 +53,7 @@ fxfuse_status Encode(const char* call, const char* name, const void* data, int d
     if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(tensor.stride[i - 1]) * 2;
   }
   // Where rows begin inside a cache line, to fetch its neighbour, too, is too much.
-  const bool whole_lines = tensor.stride[0] % 64 == 0;
+  const bool whole_lines = WholeLines(tensor.stride[0]);
   const CUresult result =
       encode(map, type, tensor.rank, const_cast<void*>(data), sizes, strides, box, kSteps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -128,14 +132,17 @@ int EdgeB(const fxfuse_problem& problem, LayoutB layout) {
   return layout == LayoutB::kInterleaved ? 32 : EdgeRows(problem.n);
 }
 
-// Encodes a matrix in boxes of a whole tile's rows and, where a tile lies at its edge, in smaller
-// ones; `describe` says how, for so many rows of a box.
+// Encodes a matrix in boxes of a whole tile's rows, or half of them if `shared` by pairs, and,
+// where a tile lies at its edge, in smaller ones; `describe` says how, for so many rows of a box.
 template <class Describe>
 fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, int dtype,
-                         int64_t rows, int tile_rows, int edge_rows, Describe describe,
+                         int64_t rows, int tile_rows, bool shared, int edge_rows, Describe describe,
                          CUtensorMap* whole, CUtensorMap* edge) {
   fxfuse_status status = FXFUSE_OK;
-  if (rows >= tile_rows) status = Encode(call, name, data, dtype, describe(tile_rows), whole);
+  if (rows >= tile_rows) {
+    const int box_rows = shared ? tile_rows / 2 : tile_rows;
+    status = Encode(call, name, data, dtype, describe(box_rows), whole);
+  }
   if (status == FXFUSE_OK && rows % tile_rows != 0) {
     status = Encode(call, name, data, dtype, describe(edge_rows), edge);
   }
@@ -143,62 +150,103 @@ fxfuse_status EncodeBoth(const char* call, const char* name, const void* data, i
 }
 
 // A kernel's tile as fxfuse_problem.tile and the table below have it.
-int TileNumber(const HopperKernel& kernel) {
+int TileNumber(const HopperKernel& kernel, Pairs pairs) {
   return kernel.tile_n + (kernel.ping_pong ? FXFUSE_TILE_IN_TURNS : 0) +
-         (kernel.tile_m == 64 ? FXFUSE_TILE_OF_64_ROWS : 0);
+         (kernel.tile_m == 64 ? FXFUSE_TILE_OF_64_ROWS : 0) +
+         (pairs == Pairs::kShareA ? FXFUSE_TILE_SHARES_A : 0) +
+         (pairs == Pairs::kShareB ? FXFUSE_TILE_SHARES_B : 0);
 }
 
-// What a tile costs, in nanoseconds, where `split` blocks divide K: for each stage of
-// 64 along K, and once for all else; of tiles in turns, once for all of a block's.
+// Tiles that clusters take in turns, along M and N: pairs of them, where blocks work in pairs.
+struct Grid {
+  Grid(const HopperKernel& kernel, Pairs pairs, const fxfuse_problem& problem)
+      : m(CeilDivide(problem.m, kernel.tile_m * (pairs == Pairs::kShareB ? 2 : 1))),
+        n(CeilDivide(problem.n, kernel.tile_n * (pairs == Pairs::kShareA ? 2 : 1))) {}
+  int64_t m, n;
+};
+
+// What a tile costs, in nanoseconds, where `split` blocks divide K: for each stage of 64 along K,
+// and once for all else; of tiles in turns, once for all of a block's. Latencies are those of the
+// block with the most tiles; to the load on memory and clock, which all blocks share, each adds
+// what the average block has; and some of it goes with the rows of A in a tile.
 struct TileCost {
+  int16_t whole_lines;  // whether rows begin at cache lines; 1 for two planes
   int16_t planes;
   int16_t tile;
   int16_t split;
-  double stage;
-  double once;
+  double stage, stage_load, stage_rows;
+  double once, once_load, once_rows;
 };
 
 constexpr TileCost kTileCosts[] = {
 #include "hopper_costs.inc"
 };
 
-double Cost(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
+// Of what the table does not have, kNever.
+double Cost(const HopperKernel& kernel, const Division& division, const fxfuse_problem& problem,
             const DeviceLimits& device) {
-  const TileCost* cost = kTileCosts;
-  const int tile = TileNumber(kernel);
-  while (cost->planes != kernel.planes || cost->tile != tile || cost->split != split) ++cost;
-  const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), split);
-  const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
-  const int64_t turns = CeilDivide(tiles, device.hopper_clusters[split]);
-  return turns * stages * cost->stage + (kernel.ping_pong ? 1 : turns) * cost->once;
+  // Of two planes the table does not tell.
+  const bool whole_lines =
+      kernel.planes > 1 || (WholeLines(problem.lda) && WholeLines(problem.ldb));
+  const int tile = TileNumber(kernel, division.pairs);
+  const auto cost =
+      std::find_if(std::begin(kTileCosts), std::end(kTileCosts), [&](const TileCost& row) {
+        return row.whole_lines == whole_lines && row.planes == kernel.planes && row.tile == tile &&
+               row.split == division.split;
+      });
+  if (cost == std::end(kTileCosts)) return kNever;
+  const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), division.split);
+  const Grid grid(kernel, division.pairs, problem);
+  const int64_t tiles = grid.m * grid.n, clusters = device.hopper_clusters[division.ClusterSize()];
+  const int64_t turns = CeilDivide(tiles, clusters);
+  const double average = static_cast<double>(tiles) / clusters;
+  const double filled = turns * std::min(1.0, static_cast<double>(problem.m) / kernel.tile_m);
+  return stages * (turns * cost->stage + average * cost->stage_load + filled * cost->stage_rows) +
+         (kernel.ping_pong ? 1 : turns) * cost->once + average * cost->once_load +
+         filled * cost->once_rows;
 }
 
-// Whether K may be divided: every block gets a stage and 16 rows to finish, and no SM a second
-// tile. For tiles in turns, whether there are turns to take; for tiles of 64 rows, whether there
-// are more: a tile of 128 brings no more than there are, either.
-bool CanDivide(const HopperKernel& kernel, int split, const fxfuse_problem& problem,
+// Whether a kernel can serve the problem so, and there is sense in it. Of a divided K every block
+// gets a stage and 16 rows to finish, and no SM a second tile. Pairs have two tiles side by side.
+// For tiles in turns there are turns to take; of tiles of 64 rows there are more than of 128, which
+// bring no more rows than there are, either.
+bool CanDivide(const HopperKernel& kernel, const Division& division, const fxfuse_problem& problem,
                const DeviceLimits& device) {
-  const int64_t tiles = CeilDivide(problem.m, kernel.tile_m) * CeilDivide(problem.n, kernel.tile_n);
-  if (kernel.ping_pong) return split == 1 && (tiles > device.sm_count || problem.tile != 0);
-  if (kernel.tile_m == 64 && problem.m <= 64 && problem.tile == 0) return false;
-  return split == 1 || (CeilDivide(problem.k, 64) >= split && kernel.tile_m / 16 >= split &&
-                        tiles <= device.hopper_clusters[split]);
+  if (division.ClusterSize() > kMaxCluster) return false;
+  const bool asked = problem.tile != 0;
+  if (asked && problem.tile != 16 * TileNumber(kernel, division.pairs) + division.split) {
+    return false;
+  }
+  if (division.pairs != Pairs::kNone && kernel.planes > 1) return false;
+  if (division.pairs == Pairs::kShareA && problem.n <= kernel.tile_n) return false;
+  if (division.pairs == Pairs::kShareB && problem.m <= kernel.tile_m) return false;
+  const Grid grid(kernel, division.pairs, problem);
+  const int64_t turns = CeilDivide(grid.m * grid.n, device.hopper_clusters[division.ClusterSize()]);
+  if (kernel.ping_pong) return division.split == 1 && (turns > 1 || asked);
+  if (kernel.tile_m == 64 && problem.m <= 64 && !asked) return false;
+  return division.split == 1 || (CeilDivide(problem.k, 64) >= division.split &&
+                                 kernel.tile_m / 16 >= division.split && turns == 1);
 }
 
-// The cheapest way to divide K for a kernel, or the one the problem asks for.
-struct Division {
-  int split = 0;  // 0: there is none
-  double cost = std::numeric_limits<double>::infinity();
+// The cheapest way for a kernel to serve the problem, or the one the problem asks for.
+struct PricedDivision {
+  Division division;
+  double cost = kNever;
+  bool exists = false;
 };
 
-Division BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
-                      const DeviceLimits& device) {
-  Division best;
-  for (int split = 1; split <= kMaxSplit; split *= 2) {
-    if (!CanDivide(kernel, split, problem, device)) break;
-    if (problem.tile != 0 && problem.tile != 16 * TileNumber(kernel) + split) continue;
-    const double cost = Cost(kernel, split, problem, device);
-    if (cost < best.cost) best = {split, cost};
+PricedDivision BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
+                            const DeviceLimits& device) {
+  PricedDivision best;
+  for (const Pairs pairs : {Pairs::kNone, Pairs::kShareA, Pairs::kShareB}) {
+    for (int split = 1; split <= kMaxSplit; split *= 2) {
+      const Division division = {split, pairs};
+      if (!CanDivide(kernel, division, problem, device)) continue;
+      const double cost = problem.tile != 0 ? 0.0 : Cost(kernel, division, problem, device);
+      if (cost < best.cost) best = {division, cost, true};
+    }
   }
   return best;
 }
@@ -230,8 +278,8 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
   const HopperKernel* kernel = best(FindChain(problem, pointers));
   if (kernel == nullptr) kernel = best(ChainTraits());
   if (kernel == nullptr) return {};
-  const int split = BestDivision(*kernel, problem, device).split;
-  return split > 0 ? HopperChoice{kernel, split} : HopperChoice{};
+  const PricedDivision best_division = BestDivision(*kernel, problem, device);
+  return best_division.exists ? HopperChoice{kernel, best_division.division} : HopperChoice{};
 }
 
 fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
@@ -247,12 +295,12 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
     }
     // All blocks of a cluster must sit in one group of SMs, so there may be fewer clusters than SMs
     // would allow.
-    for (int split = 2; error == cudaSuccess && split <= kMaxSplit; split *= 2) {
-      const LaunchConfig launch(*device, device->sm_count / split * split, kHopperThreads,
-                                kernel.shared_bytes, nullptr, split);
+    for (int size = 2; error == cudaSuccess && size <= kMaxCluster; size *= 2) {
+      const LaunchConfig launch(*device, device->sm_count / size * size, kHopperThreads,
+                                kernel.shared_bytes, nullptr, size);
       int clusters = 0;
       error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &launch.config());
-      device->hopper_clusters[split] = std::min(device->hopper_clusters[split], clusters);
+      device->hopper_clusters[size] = std::min(device->hopper_clusters[size], clusters);
     }
     if (error != cudaSuccess) return CudaFailure(call, kernel.name, error);
   }
@@ -262,37 +310,39 @@ fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
 fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void* const* pointers,
                            const DeviceLimits& device, const HopperChoice& choice, void* stream) {
   const HopperKernel& kernel = *choice.kernel;
+  const Division& division = choice.division;
   HopperArguments arguments = {};
   arguments.layout_b = ChooseLayoutB(problem);
   arguments.edge_a = EdgeRows(problem.m);
   arguments.edge_b = EdgeB(problem, arguments.layout_b);
   fxfuse_status status = EncodeBoth(
       call, "A", pointers[FXFUSE_PTR_A], problem.input_dtype, problem.m, kernel.tile_m,
-      arguments.edge_a, [&](int box) { return DescribeA(problem, box); }, &arguments.a,
-      &arguments.a_edge);
+      division.pairs == Pairs::kShareA, arguments.edge_a,
+      [&](int box) { return DescribeA(problem, box); }, &arguments.a, &arguments.a_edge);
   if (status != FXFUSE_OK) return status;
   const int tail = arguments.layout_b == LayoutB::kInterleaved ? TailRows(problem) : 0;
   status = EncodeBoth(
       call, "B", pointers[FXFUSE_PTR_B], problem.input_dtype, problem.n - tail, kernel.tile_n,
-      arguments.edge_b, [&](int box) { return DescribeB(problem, arguments.layout_b, box); },
-      &arguments.b, &arguments.b_edge);
+      division.pairs == Pairs::kShareB, arguments.edge_b,
+      [&](int box) { return DescribeB(problem, arguments.layout_b, box); }, &arguments.b,
+      &arguments.b_edge);
   if (status == FXFUSE_OK && tail > 0) {
     const int64_t bytes = (problem.n - tail) * problem.ldb * 2;
     status = Encode(call, "the tail of B", static_cast<char*>(pointers[FXFUSE_PTR_B]) + bytes,
                     problem.input_dtype, DescribeTail(problem), &arguments.b_tail);
   }
   if (status != FXFUSE_OK) return status;
-  const int64_t tiles_m = CeilDivide(problem.m, kernel.tile_m);
-  const int64_t tiles_n = CeilDivide(problem.n, kernel.tile_n);
-  if (tiles_m * tiles_n > INT32_MAX / kMaxSplit) {
+  const Grid grid(kernel, division.pairs, problem);
+  if (grid.m * grid.n > kMaxHopperTiles) {
     return Fail(FXFUSE_UNSUPPORTED, "%s: %lld tiles, %s takes up to %d", call,
-                static_cast<long long>(tiles_m * tiles_n), kernel.name, INT32_MAX / kMaxSplit);
+                static_cast<long long>(grid.m * grid.n), kernel.name, kMaxHopperTiles);
   }
   arguments.half = problem.input_dtype == FXFUSE_F16;
   arguments.stages = static_cast<int32_t>(CeilDivide(problem.k, 64));
-  arguments.split = choice.split;
-  arguments.tiles_m = static_cast<int32_t>(tiles_m);
-  arguments.tiles_n = static_cast<int32_t>(tiles_n);
+  arguments.split = division.split;
+  arguments.pairs = division.pairs;
+  arguments.tiles_m = static_cast<int32_t>(grid.m);
+  arguments.tiles_n = static_cast<int32_t>(grid.n);
   arguments.plane_rows_a = static_cast<int32_t>(PlaneRows(problem, problem.m));
   arguments.plane_rows_b = static_cast<int32_t>(PlaneRows(problem, problem.n));
   if (problem.planes > 0) {
@@ -307,10 +357,13 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
   }
   TranslateProgram(problem, pointers, &arguments.program);
   // A divided tile is a cluster's only one: the ring serves the reduction in the end.
-  const int64_t clusters =
-      choice.split > 1 ? tiles_m * tiles_n : std::min<int64_t>(tiles_m * tiles_n, device.sm_count);
-  const LaunchConfig config(device, clusters * choice.split, kHopperThreads, kernel.shared_bytes,
-                            stream, choice.split);
+  const int size = division.ClusterSize();
+  int64_t clusters = grid.m * grid.n;
+  if (division.split == 1) {
+    clusters = std::min<int64_t>(clusters, device.hopper_clusters[size]);
+  }
+  const LaunchConfig config(device, clusters * size, kHopperThreads, kernel.shared_bytes, stream,
+                            size);
   return Launch(call, kernel.name, kernel.function, config, &arguments);
 }
 

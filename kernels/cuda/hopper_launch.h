@@ -9,10 +9,17 @@
 
 namespace fxfuse {
 
-// A kernel, and how many blocks divide K among them.
+// How blocks work together: how many divide K among them, and what pairs of them share.
+struct Division {
+  int split = 1;
+  Pairs pairs = Pairs::kNone;
+
+  int ClusterSize() const { return pairs == Pairs::kNone ? split : 2 * split; }
+};
+
 struct HopperChoice {
   const HopperKernel* kernel = nullptr;
-  int split = 1;
+  Division division;
 };
 
 // All kernels of the route.

@@ -76,10 +76,14 @@ __device__ __forceinline__ uint32_t SlotUnits(uint32_t ring, int slot) {
   return Uniform(inside / 16 + slot * (Config::kStageBytes / 16));
 }
 
-// Tells the producer that this warpgroup is done with a slot.
+// Tells the producers that this warpgroup is done with a slot.
 template <class Config>
-__device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, int slot) {
-  if (threadIdx.x % 128 == 0) barrier_arrive(barriers.Empty(slot));
+__device__ __forceinline__ void ReleaseStage(const HopperArguments& arguments,
+                                             const Barriers<Config>& barriers, int slot) {
+  const bool tells = threadIdx.x % 128 == 0;
+  barrier_arrive_if(tells, barriers.Empty(slot));
+  if (arguments.pairs == Pairs::kNone) return;
+  barrier_arrive_remote_if(tells, remote_address(barriers.Empty(slot), Partner(arguments)));
 }
 
 // One batch of multiply-adds is always queued behind the one that runs. `meanwhile` is called when
@@ -87,10 +91,10 @@ __device__ __forceinline__ void ReleaseStage(const Barriers<Config>& barriers, i
 // sums: the accumulator of this warpgroup's rows, or both of a tile that is its own. stages: of
 // this warpgroup; none where it is the second for the only one.
 template <class Config, class Input, Major kMajorB, class Sums, class Meanwhile, class Asked>
-__device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& barriers,
-                                         int stages, int group, Sums& sums,
-                                         RingPosition<Config>& at, const Meanwhile& meanwhile,
-                                         const Asked& asked) {
+__device__ __forceinline__ void Multiply(const HopperArguments& arguments, uint32_t ring,
+                                         const Barriers<Config>& barriers, int stages, int group,
+                                         Sums& sums, RingPosition<Config>& at,
+                                         const Meanwhile& meanwhile, const Asked& asked) {
   if constexpr (Config::kSameRows) {
     if (stages == 0) {
 #pragma unroll
@@ -110,19 +114,20 @@ __device__ __forceinline__ void Multiply(uint32_t ring, const Barriers<Config>& 
     barrier_wait(barriers.Full(at.slot), at.parity);
     MultiplyStage<Config, Input, kMajorB>(sums, next, group, 1);
     wgmma_wait<1>();
-    ReleaseStage(barriers, previous);
+    ReleaseStage(arguments, barriers, previous);
     previous = at.slot;
     at.AdvanceToOwn();
   }
   asked();
   wgmma_wait<0>();
-  ReleaseStage(barriers, previous);
+  ReleaseStage(arguments, barriers, previous);
 }
 
 // Of two planes each. The other warpgroup's multiply-adds run while this one promotes its own.
 template <class Config, Major kMajorB, class Meanwhile>
-__device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Config>& barriers,
-                                               int stages, int group, Accumulator<Config>& sum,
+__device__ __forceinline__ void MultiplyPlanes(const HopperArguments& arguments, uint32_t ring,
+                                               const Barriers<Config>& barriers, int stages,
+                                               int group, Accumulator<Config>& sum,
                                                RingPosition<Config>& at,
                                                const Meanwhile& meanwhile) {
 #pragma unroll
@@ -135,22 +140,27 @@ __device__ __forceinline__ void MultiplyPlanes(uint32_t ring, const Barriers<Con
     MultiplyStagePlanes<Config, kMajorB>(part, next, group);
     if (stage == 0) meanwhile();
     wgmma_wait<0>();
-    ReleaseStage(barriers, at.slot);
+    ReleaseStage(arguments, barriers, at.slot);
     at.Advance();
 #pragma unroll
     for (int i = 0; i < Config::kN / 2; ++i) sum[i] = fmaf(part[i], kRegain, sum[i]);
   }
 }
 
-// Passes over a tile's stages: all of this warpgroup's rows lie below the matrix.
+// Passes over as many of this warpgroup's stages: all of its rows lie below the matrix. One thread
+// does, for what keeps the others together elsewhere is that they multiply together: a warp left
+// behind would take a later pass through the ring for the one it waits for.
 template <class Config>
-__device__ __forceinline__ void SkipStages(const Barriers<Config>& barriers, int stages,
+__device__ __forceinline__ void SkipStages(const HopperArguments& arguments,
+                                           const Barriers<Config>& barriers, int stages, int group,
                                            RingPosition<Config>& at) {
   for (int stage = 0; stage < stages; ++stage) {
-    barrier_wait(barriers.Full(at.slot), at.parity);
-    ReleaseStage(barriers, at.slot);
-    at.Advance();
+    if (threadIdx.x % 128 == 0) barrier_wait(barriers.Full(at.slot), at.parity);
+    ReleaseStage(arguments, barriers, at.slot);
+    at.AdvanceToOwn();
   }
+  __syncwarp();
+  barrier_sync<128>(group == 0 ? kSkipped : kSkipped + 1);
 }
 
 // Of a tile of two planes each with special rows: multiplies the high planes alone, which gives
@@ -162,7 +172,8 @@ __device__ __forceinline__ void MultiplySpecial(const HopperArguments& arguments
                                                 Accumulator<Config>& sum,
                                                 RingPosition<Config>& at) {
   Accumulator<Config> high;
-  Multiply<Config, __half, kMajorB>(ring, barriers, stages, group, high, at, [] {}, [] {});
+  Multiply<Config, __half, kMajorB>(
+      arguments, ring, barriers, stages, group, high, at, [] {}, [] {});
   const int rows = static_cast<int>(arguments.program.rows);
   const int columns = static_cast<int>(arguments.program.columns);
   const int row = row0 + threadIdx.x % 32 / 4;

@@ -3,114 +3,165 @@
 #ifndef FXFUSE_CUDA_HOPPER_PRODUCER_CUH_
 #define FXFUSE_CUDA_HOPPER_PRODUCER_CUH_
 
+#include <type_traits>
+
 #include "hopper_config.cuh"
 
 namespace fxfuse {
 
-__device__ __forceinline__ int RoundUp(int n, int unit) { return (n + unit - 1) / unit * unit; }
+// Rows of the boxes that hold `left` rows, at the edge of a matrix. Where there are several they
+// have 32 rows or 64.
+__device__ __forceinline__ int EdgeRows(int left, int box) {
+  return left <= 0 ? 0 : left <= box ? box : (left + box - 1) & -box;
+}
 
-// A block's tile as its boxes: rows of A and of B (or columns) that it has, and of a box of each.
+// What a warp brings: A, or B as it lies.
+enum class Brings { kA, kInterleavedB, kRowsB, kColumnsB };
+
+// A tile's rows of a matrix (or columns), and of a box. Where pairs share it, this block brings
+// every other box, from row `first` on, to `blocks` of the cluster.
 //
 // Boxes that lie outside the matrices are left out: bringing zeros takes longer than bringing data
 // (an H200 took 79 us for 1 x 8192 -> 8192 where it took 42 for 128 rows). What the tile holds in
 // their place reaches no result that is stored.
-template <class Config>
-struct TileBoxes {
-  TileOrigin tile;
-  const CUtensorMap &a, &b;
-  int rows_a, rows_b;
-  int box_a, box_b;
+struct Boxes {
+  const CUtensorMap* map;
+  int rows, box;
+  int first, step;
+  uint16_t blocks;
+
+  __device__ __forceinline__ Boxes(const HopperArguments& arguments, const CUtensorMap* map,
+                                   int rows, int box, bool shared)
+      : map(map), rows(rows), box(box), first(0), step(box), blocks(0) {
+    if (!shared) return;
+    first = FirstRank(arguments) == 0 ? 0 : box;
+    step = 2 * box;
+    blocks = static_cast<uint16_t>(1 << cluster_rank() | 1 << Partner(arguments));
+  }
 };
 
 template <class Config>
-__device__ __forceinline__ TileBoxes<Config> FindBoxes(const HopperArguments& arguments,
-                                                       const TileOrigin& tile) {
-  const int left_m = static_cast<int>(arguments.program.rows) - tile.row;
-  const int left_n = static_cast<int>(arguments.program.columns) - tile.column;
-  const bool whole_a = left_m >= Config::kM, whole_b = left_n >= Config::kN;
-  return {tile,
-          whole_a ? arguments.a : arguments.a_edge,
-          whole_b ? arguments.b : arguments.b_edge,
-          whole_a ? Config::kM : RoundUp(left_m, arguments.edge_a),
-          whole_b ? Config::kN : RoundUp(left_n, arguments.edge_b),
-          whole_a ? Config::kM : arguments.edge_a,
-          left_n < Config::kN || arguments.layout_b == LayoutB::kColumns ? arguments.edge_b
-                                                                         : Config::kN};
+__device__ __forceinline__ Boxes BoxesOfA(const HopperArguments& arguments,
+                                          const TileOrigin& tile) {
+  const bool shared = arguments.pairs == Pairs::kShareA;
+  const int left = static_cast<int>(arguments.program.rows) - tile.row;
+  const int edge = arguments.edge_a;
+  if (left < Config::kM) return {arguments, &arguments.a_edge, EdgeRows(left, edge), edge, shared};
+  return {arguments, &arguments.a, Config::kM, shared ? Config::kM / 2 : Config::kM, shared};
 }
 
-// Brings what a tile has of plane `plane` of A at `k`.
 template <class Config>
-__device__ __forceinline__ void BringA(const HopperArguments& arguments,
-                                       const TileBoxes<Config>& boxes, uint32_t stage,
-                                       uint32_t full, int k, int plane) {
-  for (int i = 0; i < boxes.rows_a; i += boxes.box_a) {
-    copy_box(stage + plane * Config::kBytesA + i * kRowBytes, &boxes.a, full, k,
-             boxes.tile.row + plane * arguments.plane_rows_a + i);
-  }
+__device__ __forceinline__ Boxes BoxesOfB(const HopperArguments& arguments,
+                                          const TileOrigin& tile) {
+  const bool shared = arguments.pairs == Pairs::kShareB;
+  const int left = static_cast<int>(arguments.program.columns) - tile.column;
+  const int edge = arguments.edge_b;
+  if (left < Config::kN) return {arguments, &arguments.b_edge, EdgeRows(left, edge), edge, shared};
+  const int whole = arguments.layout_b == LayoutB::kColumns ? edge
+                    : shared                                ? Config::kN / 2
+                                                            : Config::kN;
+  return {arguments, &arguments.b, Config::kN, whole, shared};
 }
 
-// The same of B. Of an interleaved B what lies beyond the last multiple of 32 rows is its tail's.
-template <class Config>
-__device__ __forceinline__ void BringB(const HopperArguments& arguments,
-                                       const TileBoxes<Config>& boxes, uint32_t stage,
-                                       uint32_t full, int k, int plane) {
-  const int first = boxes.tile.column + plane * arguments.plane_rows_b;
+// Brings what a tile that begins at row `origin` of a matrix (or column) has of one plane at `k`.
+// Of an interleaved B what lies beyond the last multiple of 32 rows is its tail's.
+template <class Config, Brings kBrings>
+__device__ __forceinline__ void Bring(const HopperArguments& arguments, const Boxes& boxes,
+                                      int origin, uint32_t stage, uint32_t full, int k, int plane) {
+  constexpr bool kOfA = kBrings == Brings::kA;
+  const uint32_t from =
+      stage + (kOfA ? plane * Config::kBytesA
+                    : Config::kPlanes * Config::kBytesA + plane * Config::kBytesB);
+  const int first = origin + plane * (kOfA ? arguments.plane_rows_a : arguments.plane_rows_b);
   const int whole = Config::kPlanes * arguments.plane_rows_b / 32 * 32;
-  const uint32_t from = stage + Config::kPlanes * Config::kBytesA + plane * Config::kBytesB;
-  for (int i = 0; i < boxes.rows_b; i += boxes.box_b) {
+  for (int i = boxes.first; i < boxes.rows; i += boxes.step) {
     const uint32_t to = from + i * kRowBytes;
-    if (arguments.layout_b == LayoutB::kInterleaved) {
+    if constexpr (kBrings == Brings::kInterleavedB) {
       const bool inside = first + i < whole;
-      copy_box(to, inside ? &boxes.b : &arguments.b_tail, full, k, 0, 0, 0,
+      copy_box(to, inside ? boxes.map : &arguments.b_tail, full, boxes.blocks, k, 0, 0, 0,
                inside ? (first + i) / 32 : 0);
-    } else if (arguments.layout_b == LayoutB::kRows) {
-      copy_box(to, &boxes.b, full, k, first + i);
+    } else if constexpr (kBrings == Brings::kColumnsB) {
+      copy_box(to, boxes.map, full, boxes.blocks, origin + i, k, plane);
     } else {
-      copy_box(to, &boxes.b, full, boxes.tile.column + i, k, plane);
+      copy_box(to, boxes.map, full, boxes.blocks, k, first + i);
     }
   }
 }
 
-// Two warps produce: one brings A and announces the bytes of a stage, the other (`brings_b`) brings
-// B. One alone is too slow for the narrowest tile.
+// Four warps produce, each every other stage (from `turn` on, 0 or 1) of one matrix. It takes a
+// warp some hundred cycles to see that a slot is free and to ask for a stage, whatever it brings:
+// with one warp to a matrix that was the limit of narrow tiles.
+//
+// Each announces all bytes of its matrix, whichever block of a pair brings them, also where there
+// are none: a stage waits for both, or a warp with nothing to bring could be left behind by the
+// ring.
 //
 // A thread of each issues, but the warp stays together and lane 0 says where things are: what the
 // compiler does not know to be uniform it passes to the copy engine in a loop over the warp's
 // lanes.
-template <class Config>
-__device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32_t ring,
-                                        const Barriers<Config>& barriers, const BlockWork& work,
-                                        bool brings_b) {
+template <class Config, Brings kBrings>
+__device__ __forceinline__ void ProduceOf(const HopperArguments& arguments, uint32_t ring,
+                                          const Barriers<Config>& barriers, const BlockWork& work,
+                                          TileOrigin tile, int turn) {
+  constexpr int kTurns = 2;
+  constexpr bool kOfA = kBrings == Brings::kA;
   RingPosition<Config> at;
+  if (turn == 1) at.Advance();
   ring = Uniform(ring);
   const Barriers<Config> uniform{Uniform(barriers.base)};
   const int first_stage = Uniform(work.first_stage);
-  TileOrigin tile = FindTile<Config>(arguments, 0);
+  int stage = turn;
   await_turn();
   for (int round = 1; tile.row >= 0; tile = FindTile<Config>(arguments, round++)) {
+    const TileOrigin origin = {Uniform(tile.row), Uniform(tile.column)};
+    const Boxes boxes =
+        kOfA ? BoxesOfA<Config>(arguments, origin) : BoxesOfB<Config>(arguments, origin);
     int stages = work.stages;
     if constexpr (Config::kPlanes == 2) {
       if (HasSpecial<Config>(arguments, tile)) stages *= 2;
     }
-    const auto boxes = FindBoxes<Config>(arguments, {Uniform(tile.row), Uniform(tile.column)});
-    for (int stage = 0; stage < stages; ++stage) {
+    for (; stage < stages; stage += kTurns) {
       barrier_wait(uniform.Empty(at.slot), at.parity ^ 1);
       const uint32_t full = uniform.Full(at.slot);
       const int again = Config::kPlanes == 2 && stage >= work.stages ? work.stages : 0;
       if (elect_thread()) {
-        if (!brings_b) {
-          barrier_arrive_expect(full, Config::kPlanes * (boxes.rows_a + boxes.rows_b) * kRowBytes);
-        }
+        barrier_arrive_expect(full, Config::kPlanes * boxes.rows * kRowBytes);
         const uint32_t to = ring + at.slot * Config::kStageBytes;
         const int k = (first_stage + stage - again) * Config::kStageK;
 #pragma unroll
         for (int p = 0; p < Config::kPlanes; ++p) {
-          brings_b ? BringB(arguments, boxes, to, full, k, p)
-                   : BringA(arguments, boxes, to, full, k, p);
+          Bring<Config, kBrings>(arguments, boxes, kOfA ? origin.row : origin.column, to, full, k,
+                                 p);
         }
       }
-      at.Advance();
+      at.Advance(kTurns);
     }
+    stage -= stages;
+  }
+  // A block of a pair stays until both have read all there is: they tell each other.
+  if (arguments.pairs == Pairs::kNone) return;
+  for (; stage < Config::kStages; stage += kTurns) {
+    barrier_wait(uniform.Empty(at.slot), at.parity ^ 1);
+    at.Advance(kTurns);
+  }
+}
+
+// The part of warp `warp` of the four.
+template <class Config>
+__device__ __forceinline__ void Produce(const HopperArguments& arguments, uint32_t ring,
+                                        const Barriers<Config>& barriers, const BlockWork& work,
+                                        const TileOrigin& first, int warp) {
+  const auto produce = [&](auto brings) {
+    ProduceOf<Config, brings.value>(arguments, ring, barriers, work, first, warp / 2);
+  };
+  if (warp % 2 == 0) return produce(std::integral_constant<Brings, Brings::kA>());
+  switch (arguments.layout_b) {
+    case LayoutB::kInterleaved:
+      return produce(std::integral_constant<Brings, Brings::kInterleavedB>());
+    case LayoutB::kRows:
+      return produce(std::integral_constant<Brings, Brings::kRowsB>());
+    case LayoutB::kColumns:
+      return produce(std::integral_constant<Brings, Brings::kColumnsB>());
   }
 }
 

@@ -41,45 +41,59 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives where `condition` holds; a branch around the arrival would cost more than it does.
+__device__ __forceinline__ void barrier_arrive_if(bool condition, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.b32 arrives, %1, 0;\n"
+      "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(barrier),
+      "r"(static_cast<int>(condition))
+      : "memory");
+}
+
 // Arrives, and announces `bytes` that bulk copies will yet bring in this phase.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Bulk tensor copies: a box of a 2-D tensor to shared memory, its inner coordinate x first. What
-// lies outside the tensor arrives as zeros and counts as bytes brought.
+// Bulk tensor copies: a box of a tensor of 2, 3 or 5 dimensions to shared memory, its inner
+// coordinate first. What lies outside the tensor arrives as zeros and counts as bytes brought.
+// blocks: 0, or a bit for each block of the cluster that gets the box, at the same place as this
+// one and counted at the same barrier of its own.
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                         int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
+#define FXFUSE_COPY_BOX(dimensions, coordinates, ...)                                           \
+  if (blocks == 0) {                                                                            \
+    asm volatile(                                                                               \
+        "cp.async.bulk.tensor." dimensions                                                      \
+        ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, " coordinates     \
+        "], [%2];" ::"r"(to),                                                                   \
+        "l"(map), "r"(barrier), "h"(blocks), __VA_ARGS__                                        \
+        : "memory");                                                                            \
+  } else {                                                                                      \
+    asm volatile("cp.async.bulk.tensor." dimensions                                             \
+                 ".shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster" \
+                 " [%0], [%1, " coordinates "], [%2], %3;" ::"r"(to),                           \
+                 "l"(map), "r"(barrier), "h"(blocks), __VA_ARGS__                               \
+                 : "memory");                                                                   \
+  }
 
-// The same of 3-D and 5-D tensors.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                         int x, int y, int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-      : "memory");
-}
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                         int x, int y, int z, int u, int v) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
-      : "memory");
-}
+                                         uint16_t blocks, int x, int y){
+    FXFUSE_COPY_BOX("2d", "{%4, %5}", "r"(x), "r"(y))} __device__ __forceinline__
+    void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, uint16_t blocks, int x,
+                  int y, int z){
+        FXFUSE_COPY_BOX("3d", "{%4, %5, %6}", "r"(x), "r"(y), "r"(z))} __device__ __forceinline__
+    void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, uint16_t blocks, int x,
+                  int y, int z, int u, int v){
+        FXFUSE_COPY_BOX("5d", "{%4, %5, %6, %7, %8}", "r"(x), "r"(y), "r"(z), "r"(u), "r"(v))}
+#undef FXFUSE_COPY_BOX
 
 // Asks for the cache line of an address to be brought near.
 __device__ __forceinline__ void prefetch_line(const void* from) {
@@ -139,6 +153,17 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_remote_if(bool condition, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.b32 arrives, %1, 0;\n"
+      "@arrives mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n"
+      "}" ::"r"(barrier),
+      "r"(static_cast<int>(condition))
+      : "memory");
 }
 
 // Writes to remote memory, and counts 16 bytes at a barrier beside it, where they are expected.

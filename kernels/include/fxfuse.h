@@ -37,6 +37,8 @@ extern "C" {
 #define FXFUSE_MAX_FACTOR_COLUMNS 32768
 #define FXFUSE_TILE_IN_TURNS 1024    // see fxfuse_problem.tile
 #define FXFUSE_TILE_OF_64_ROWS 2048  // the same
+#define FXFUSE_TILE_SHARES_A 4096    // the same
+#define FXFUSE_TILE_SHARES_B 8192    // the same
 #define FXFUSE_PLANE_ROWS 32         // rows of a plane are allocated in multiples of it
 
 typedef enum {
@@ -163,9 +165,11 @@ typedef struct {
   int32_t b_transposed;
   int32_t planes;  // 0: A and B are not planes
   int32_t route;   // fxfuse_route
-  // For measurements of the Hopper and skinny routes: 16 * the columns of a tile (with
-  // FXFUSE_TILE_IN_TURNS added for one that warpgroups take in turns, FXFUSE_TILE_OF_64_ROWS for
-  // one of 64 rows on the Hopper route) + the blocks that divide K; 0 has the library choose.
+  // For measurements of the Hopper and skinny routes: 16 * the columns of a tile + the blocks that
+  // divide K; 0 has the library choose. To the columns is added, on the Hopper route,
+  // FXFUSE_TILE_IN_TURNS for a tile that warpgroups take in turns, FXFUSE_TILE_OF_64_ROWS for one
+  // of 64 rows, and FXFUSE_TILE_SHARES_A or _B for pairs of blocks that share what they bring of A
+  // or B.
   int32_t tile;
   fxfuse_program program;
 } fxfuse_problem;
