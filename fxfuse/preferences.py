@@ -63,7 +63,7 @@ def preferred_route(capability: tuple[int, int], m: int, n: int, k: int, bits: i
         return "auto"
     if bits == 32:
         return "auto" if m <= 32 or m * n * k <= 2**27 else "cublas"
-    if m > 64 and (n % 8 or (k % 64 and k > 1024)):
+    if m > 64 and (n % 8 or (k % 64 and k > 2560)):
         return "cublas"  # our tiles would store by element, or read rows from inside a cache line
     if m < 16 and k >= 16 * n:
         return "cublas"  # all of the time goes into adding up what many blocks have of K
