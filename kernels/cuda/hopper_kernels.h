@@ -33,11 +33,11 @@ struct HopperArguments {
   CUtensorMap b_tail;  // of an interleaved B, the rows from the last multiple of 32 on
   int32_t edge_a, edge_b;
   LayoutB layout_b;
-  int32_t half;                        // inputs are fp16, not bf16
-  int32_t stages;                      // of 64 along K, over all of the split
-  int32_t split;                       // blocks that divide K among them: 1, 2, 4 or 8
-  Pairs pairs;                         // a cluster is one, each of `split` blocks twice
-  int32_t tiles_m, tiles_n;            // or pairs of tiles
+  int32_t half;    // inputs are fp16, not bf16
+  int32_t stages;  // of 64 along K, over all of the split
+  int32_t split;   // blocks that divide K among them: 1, 2, 4 or 8
+  Pairs pairs;     // where there are, a cluster has `split` blocks for each of a pair's tiles
+  int32_t tiles_m, tiles_n;            // tiles, or pairs of them, along M and N
   int32_t plane_rows_a, plane_rows_b;  // from one plane to the next
   // Null, or what undoes the scaling of A's and B's rows: acc * (root_a[m] * root_b[n])^2. Of
   // planes of a B [K, N] root_b and special_b are null: A has their part.

@@ -11,7 +11,7 @@ namespace fxfuse {
 
 // Rows of the boxes that hold `left` rows, at the edge of a matrix. Where there are several they
 // have 32 rows or 64.
-__device__ __forceinline__ int EdgeRows(int left, int box) {
+__device__ __forceinline__ int RowsInBoxes(int left, int box) {
   return left <= 0 ? 0 : left <= box ? box : (left + box - 1) & -box;
 }
 
@@ -46,7 +46,8 @@ __device__ __forceinline__ Boxes BoxesOfA(const HopperArguments& arguments,
   const bool shared = arguments.pairs == Pairs::kShareA;
   const int left = static_cast<int>(arguments.program.rows) - tile.row;
   const int edge = arguments.edge_a;
-  if (left < Config::kM) return {arguments, &arguments.a_edge, EdgeRows(left, edge), edge, shared};
+  if (left < Config::kM)
+    return {arguments, &arguments.a_edge, RowsInBoxes(left, edge), edge, shared};
   return {arguments, &arguments.a, Config::kM, shared ? Config::kM / 2 : Config::kM, shared};
 }
 
@@ -56,7 +57,8 @@ __device__ __forceinline__ Boxes BoxesOfB(const HopperArguments& arguments,
   const bool shared = arguments.pairs == Pairs::kShareB;
   const int left = static_cast<int>(arguments.program.columns) - tile.column;
   const int edge = arguments.edge_b;
-  if (left < Config::kN) return {arguments, &arguments.b_edge, EdgeRows(left, edge), edge, shared};
+  if (left < Config::kN)
+    return {arguments, &arguments.b_edge, RowsInBoxes(left, edge), edge, shared};
   const int whole = arguments.layout_b == LayoutB::kColumns ? edge
                     : shared                                ? Config::kN / 2
                                                             : Config::kN;

@@ -68,31 +68,35 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-#define FXFUSE_COPY_BOX(dimensions, coordinates, ...)                                           \
-  if (blocks == 0) {                                                                            \
-    asm volatile(                                                                               \
-        "cp.async.bulk.tensor." dimensions                                                      \
-        ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, " coordinates     \
-        "], [%2];" ::"r"(to),                                                                   \
-        "l"(map), "r"(barrier), "h"(blocks), __VA_ARGS__                                        \
-        : "memory");                                                                            \
-  } else {                                                                                      \
-    asm volatile("cp.async.bulk.tensor." dimensions                                             \
-                 ".shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster" \
-                 " [%0], [%1, " coordinates "], [%2], %3;" ::"r"(to),                           \
-                 "l"(map), "r"(barrier), "h"(blocks), __VA_ARGS__                               \
-                 : "memory");                                                                   \
-  }
+#define FXFUSE_COPY_BOX(dimensions, coordinates, ...)                                      \
+  do {                                                                                     \
+    if (blocks == 0) {                                                                     \
+      asm volatile("cp.async.bulk.tensor." dimensions                                      \
+                   ".shared::cluster.global.tile.mbarrier::complete_tx::bytes"             \
+                   " [%0], [%1, " coordinates "], [%2];" ::"r"(to),                        \
+                   "l"(map), "r"(barrier), "h"(blocks), __VA_ARGS__                        \
+                   : "memory");                                                            \
+    } else {                                                                               \
+      asm volatile("cp.async.bulk.tensor." dimensions                                      \
+                   ".shared::cluster.global.tile.mbarrier::complete_tx::bytes"             \
+                   ".multicast::cluster [%0], [%1, " coordinates "], [%2], %3;" ::"r"(to), \
+                   "l"(map), "r"(barrier), "h"(blocks), __VA_ARGS__                        \
+                   : "memory");                                                            \
+    }                                                                                      \
+  } while (false)
 
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                         uint16_t blocks, int x, int y){
-    FXFUSE_COPY_BOX("2d", "{%4, %5}", "r"(x), "r"(y))} __device__ __forceinline__
-    void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, uint16_t blocks, int x,
-                  int y, int z){
-        FXFUSE_COPY_BOX("3d", "{%4, %5, %6}", "r"(x), "r"(y), "r"(z))} __device__ __forceinline__
-    void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, uint16_t blocks, int x,
-                  int y, int z, int u, int v){
-        FXFUSE_COPY_BOX("5d", "{%4, %5, %6, %7, %8}", "r"(x), "r"(y), "r"(z), "r"(u), "r"(v))}
+                                         uint16_t blocks, int x, int y) {
+  FXFUSE_COPY_BOX("2d", "{%4, %5}", "r"(x), "r"(y));
+}
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                         uint16_t blocks, int x, int y, int z) {
+  FXFUSE_COPY_BOX("3d", "{%4, %5, %6}", "r"(x), "r"(y), "r"(z));
+}
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                         uint16_t blocks, int x, int y, int z, int u, int v) {
+  FXFUSE_COPY_BOX("5d", "{%4, %5, %6, %7, %8}", "r"(x), "r"(y), "r"(z), "r"(u), "r"(v));
+}
 #undef FXFUSE_COPY_BOX
 
 // Asks for the cache line of an address to be brought near.
