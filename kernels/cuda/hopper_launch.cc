@@ -223,7 +223,9 @@ bool CanDivide(const HopperKernel& kernel, const Division& division, const fxfus
   if (division.pairs == Pairs::kShareA && problem.n <= kernel.tile_n) return false;
   if (division.pairs == Pairs::kShareB && problem.m <= kernel.tile_m) return false;
   const Grid grid(kernel, division.pairs, problem);
-  const int64_t turns = CeilDivide(grid.m * grid.n, device.hopper_clusters[division.ClusterSize()]);
+  const int64_t clusters = device.hopper_clusters[division.ClusterSize()];
+  if (clusters == 0) return false;  // of a part of a GPU, say
+  const int64_t turns = CeilDivide(grid.m * grid.n, clusters);
   if (kernel.ping_pong) return division.split == 1 && (turns > 1 || asked);
   if (kernel.tile_m == 64 && problem.m <= 64 && !asked) return false;
   return division.split == 1 || (CeilDivide(problem.k, 64) >= division.split &&
