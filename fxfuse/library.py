@@ -36,7 +36,8 @@ DTYPES = {
 SUMS = {Reduction.NONE: 0, Reduction.ROWS: 1, Reduction.COLUMNS: 2, Reduction.ALL: 3}
 ROUTES = {"auto": 0, "pointwise": 1, "portable": 2, "hopper": 3, "skinny": 4}
 STATUS_UNSUPPORTED = 2
-# Added to a tile's columns in ProblemStruct.tile where warpgroups take turns, where it has 64 rows.
+# Added to a tile's columns in ProblemStruct.tile where warpgroups take turns, where it has 64 rows
+# and where pairs of blocks share what they bring of x or of the weight.
 TILE_IN_TURNS, TILE_OF_64_ROWS, TILE_SHARES_A, TILE_SHARES_B = 1024, 2048, 4096, 8192
 POINTER_OPERAND = 3
 POINTER_OUTPUT = POINTER_OPERAND + MAX_OPERANDS

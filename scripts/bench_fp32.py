@@ -94,8 +94,7 @@ def time_shape(m: int, n: int, k: int) -> dict[str, Any]:
     for i in range(len(layers)):
         call(i)  # converts the weight, which no graph may capture
     timed("frozen", call)
-    times = race(list(rivals.values()))
-    return {"m": m, "n": n, "k": k, **dict(zip(rivals, times, strict=True))}
+    return {"m": m, "n": n, "k": k, **race(rivals)}
 
 
 def errors(found: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:

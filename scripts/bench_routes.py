@@ -14,10 +14,10 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,9 @@ PROGRAMS = {
     "silu": "t1 = silu acc; store t1",
     "add -> relu": "t1 = add acc, $0; t2 = relu t1; store t2",
 }
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def truth(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, program: str) -> torch.Tensor:
@@ -73,26 +76,26 @@ def captured(calls: Sequence[Callable[[], object]]) -> Captured:
     return Captured(graph, len(calls))
 
 
-def race(rivals: Sequence[Captured]) -> list[float]:
+def race(rivals: Mapping[Name, Captured]) -> dict[Name, float]:
     """Median milliseconds of a call of each.
 
     They take turns, in an order that is turned round each time: a GPU that gets hot is slower.
     """
-    samples: list[list[float]] = [[] for _ in rivals]
+    samples: dict[Name, list[float]] = {name: [] for name in rivals}
     for turn in range(12):
-        for i in range(len(rivals))[:: 1 if turn % 2 else -1]:
+        for name in list(rivals)[:: 1 if turn % 2 else -1]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            rivals[i].graph.replay()
+            rivals[name].graph.replay()
             end.record()
             torch.cuda.synchronize()
-            samples[i].append(start.elapsed_time(end) / rivals[i].calls)
-    return [statistics.median(times) for times in samples]
+            samples[name].append(start.elapsed_time(end) / rivals[name].calls)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def device_ms(calls: Sequence[Callable[[], object]]) -> float:
     """Median milliseconds of one of `calls`, run one after the other from a graph."""
-    return race([captured(calls)])[0]
+    return race({"calls": captured(calls)})["calls"]
 
 
 def operand_sets(
@@ -130,8 +133,7 @@ def measure(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, object]:
                 assert error < 1e-2, f"{route} {m}x{k}->{n}: error {error}"
                 calls = [lambda i=i, c=call: c(i) for i in range(sets)]
                 rivals[f"{name}: {route}_ms"] = captured(calls)
-    times = race(list(rivals.values()))
-    return {"m": m, "n": n, "k": k, **dict(zip(rivals, times, strict=True))}
+    return {"m": m, "n": n, "k": k, **race(rivals)}
 
 
 def compared(lines: Sequence[dict[str, Any]], peer: str, ours: str) -> str:

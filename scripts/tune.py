@@ -110,7 +110,7 @@ def measure(m: int, n: int, k: int, planes: int) -> Iterator[dict[str, Any]]:
 
         rivals[tile + shares, blocks] = captured([lambda i=i, c=call: c(i) for i in range(len(xs))])
     product = {"m": m, "n": n, "k": k, "planes": planes}
-    for (tile, blocks), ms in zip(rivals, race(list(rivals.values())), strict=True):
+    for (tile, blocks), ms in race(rivals).items():
         yield product | {"tile": tile, "split": blocks, "ms": ms}
 
 

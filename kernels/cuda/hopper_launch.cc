@@ -162,6 +162,7 @@ struct Grid {
   Grid(const HopperKernel& kernel, Pairs pairs, const fxfuse_problem& problem)
       : m(CeilDivide(problem.m, kernel.tile_m * (pairs == Pairs::kShareB ? 2 : 1))),
         n(CeilDivide(problem.n, kernel.tile_n * (pairs == Pairs::kShareA ? 2 : 1))) {}
+  int64_t Tiles() const { return m * n; }
   int64_t m, n;
 };
 
@@ -198,8 +199,8 @@ double Cost(const HopperKernel& kernel, const Division& division, const fxfuse_p
       });
   if (cost == std::end(kTileCosts)) return kNever;
   const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), division.split);
-  const Grid grid(kernel, division.pairs, problem);
-  const int64_t tiles = grid.m * grid.n, clusters = device.hopper_clusters[division.ClusterSize()];
+  const int64_t tiles = Grid(kernel, division.pairs, problem).Tiles();
+  const int64_t clusters = device.hopper_clusters[division.ClusterSize()];
   const int64_t turns = CeilDivide(tiles, clusters);
   const double average = static_cast<double>(tiles) / clusters;
   const double filled = turns * std::min(1.0, static_cast<double>(problem.m) / kernel.tile_m);
@@ -222,21 +223,20 @@ bool CanDivide(const HopperKernel& kernel, const Division& division, const fxfus
   if (division.pairs != Pairs::kNone && kernel.planes > 1) return false;
   if (division.pairs == Pairs::kShareA && problem.n <= kernel.tile_n) return false;
   if (division.pairs == Pairs::kShareB && problem.m <= kernel.tile_m) return false;
-  const Grid grid(kernel, division.pairs, problem);
+  const int64_t tiles = Grid(kernel, division.pairs, problem).Tiles();
   const int64_t clusters = device.hopper_clusters[division.ClusterSize()];
   if (clusters == 0) return false;  // of a part of a GPU, say
-  const int64_t turns = CeilDivide(grid.m * grid.n, clusters);
-  if (kernel.ping_pong) return division.split == 1 && (turns > 1 || asked);
+  if (kernel.ping_pong) return division.split == 1 && (tiles > clusters || asked);
   if (kernel.tile_m == 64 && problem.m <= 64 && !asked) return false;
   return division.split == 1 || (CeilDivide(problem.k, 64) >= division.split &&
-                                 kernel.tile_m / 16 >= division.split && turns == 1);
+                                 kernel.tile_m / 16 >= division.split && tiles <= clusters);
 }
 
-// The cheapest way for a kernel to serve the problem, or the one the problem asks for.
+// The cheapest way for a kernel to serve the problem, or the one the problem asks for; kNever where
+// there is none.
 struct PricedDivision {
   Division division;
   double cost = kNever;
-  bool exists = false;
 };
 
 PricedDivision BestDivision(const HopperKernel& kernel, const fxfuse_problem& problem,
@@ -247,7 +247,7 @@ PricedDivision BestDivision(const HopperKernel& kernel, const fxfuse_problem& pr
       const Division division = {split, pairs};
       if (!CanDivide(kernel, division, problem, device)) continue;
       const double cost = problem.tile != 0 ? 0.0 : Cost(kernel, division, problem, device);
-      if (cost < best.cost) best = {division, cost, true};
+      if (cost < best.cost) best = {division, cost};
     }
   }
   return best;
@@ -280,8 +280,8 @@ HopperChoice ChooseHopper(const fxfuse_problem& problem, void* const* pointers, 
   const HopperKernel* kernel = best(FindChain(problem, pointers));
   if (kernel == nullptr) kernel = best(ChainTraits());
   if (kernel == nullptr) return {};
-  const PricedDivision best_division = BestDivision(*kernel, problem, device);
-  return best_division.exists ? HopperChoice{kernel, best_division.division} : HopperChoice{};
+  const PricedDivision cheapest = BestDivision(*kernel, problem, device);
+  return cheapest.cost < kNever ? HopperChoice{kernel, cheapest.division} : HopperChoice{};
 }
 
 fxfuse_status PrepareHopper(const char* call, DeviceLimits* device) {
@@ -335,9 +335,9 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
   }
   if (status != FXFUSE_OK) return status;
   const Grid grid(kernel, division.pairs, problem);
-  if (grid.m * grid.n > kMaxHopperTiles) {
+  if (grid.Tiles() > kMaxHopperTiles) {
     return Fail(FXFUSE_UNSUPPORTED, "%s: %lld tiles, %s takes up to %d", call,
-                static_cast<long long>(grid.m * grid.n), kernel.name, kMaxHopperTiles);
+                static_cast<long long>(grid.Tiles()), kernel.name, kMaxHopperTiles);
   }
   arguments.half = problem.input_dtype == FXFUSE_F16;
   arguments.stages = static_cast<int32_t>(CeilDivide(problem.k, 64));
@@ -360,7 +360,7 @@ fxfuse_status LaunchHopper(const char* call, const fxfuse_problem& problem, void
   TranslateProgram(problem, pointers, &arguments.program);
   // A divided tile is a cluster's only one: the ring serves the reduction in the end.
   const int size = division.ClusterSize();
-  int64_t clusters = grid.m * grid.n;
+  int64_t clusters = grid.Tiles();
   if (division.split == 1) {
     clusters = std::min<int64_t>(clusters, device.hopper_clusters[size]);
   }

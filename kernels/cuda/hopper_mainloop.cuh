@@ -81,9 +81,9 @@ template <class Config>
 __device__ __forceinline__ void ReleaseStage(const HopperArguments& arguments,
                                              const Barriers<Config>& barriers, int slot) {
   const bool tells = threadIdx.x % 128 == 0;
-  barrier_arrive_if(tells, barriers.Empty(slot));
+  barrier_arrive(barriers.Empty(slot), tells);
   if (arguments.pairs == Pairs::kNone) return;
-  barrier_arrive_remote_if(tells, remote_address(barriers.Empty(slot), Partner(arguments)));
+  barrier_arrive_remote(remote_address(barriers.Empty(slot), Partner(arguments)), tells);
 }
 
 // One batch of multiply-adds is always queued behind the one that runs. `meanwhile` is called when

@@ -18,21 +18,22 @@ __device__ __forceinline__ int RowsInBoxes(int left, int box) {
 // What a warp brings: A, or B as it lies.
 enum class Brings { kA, kInterleavedB, kRowsB, kColumnsB };
 
-// A tile's rows of a matrix (or columns), and of a box. Where pairs share it, this block brings
-// every other box, from row `first` on, to `blocks` of the cluster.
+// A tile's rows of a matrix (or columns), of which this block brings boxes from row `first` on, a
+// box each `step` rows: all of them, or, where pairs share the matrix, every other one, to `blocks`
+// of the cluster.
 //
 // Boxes that lie outside the matrices are left out: bringing zeros takes longer than bringing data
 // (an H200 took 79 us for 1 x 8192 -> 8192 where it took 42 for 128 rows). What the tile holds in
 // their place reaches no result that is stored.
 struct Boxes {
   const CUtensorMap* map;
-  int rows, box;
+  int rows;
   int first, step;
   uint16_t blocks;
 
   __device__ __forceinline__ Boxes(const HopperArguments& arguments, const CUtensorMap* map,
                                    int rows, int box, bool shared)
-      : map(map), rows(rows), box(box), first(0), step(box), blocks(0) {
+      : map(map), rows(rows), first(0), step(box), blocks(0) {
     if (!shared) return;
     first = FirstRank(arguments) == 0 ? 0 : box;
     step = 2 * box;
@@ -40,29 +41,22 @@ struct Boxes {
   }
 };
 
-template <class Config>
-__device__ __forceinline__ Boxes BoxesOfA(const HopperArguments& arguments,
-                                          const TileOrigin& tile) {
-  const bool shared = arguments.pairs == Pairs::kShareA;
-  const int left = static_cast<int>(arguments.program.rows) - tile.row;
-  const int edge = arguments.edge_a;
-  if (left < Config::kM)
-    return {arguments, &arguments.a_edge, RowsInBoxes(left, edge), edge, shared};
-  return {arguments, &arguments.a, Config::kM, shared ? Config::kM / 2 : Config::kM, shared};
-}
-
-template <class Config>
-__device__ __forceinline__ Boxes BoxesOfB(const HopperArguments& arguments,
-                                          const TileOrigin& tile) {
-  const bool shared = arguments.pairs == Pairs::kShareB;
-  const int left = static_cast<int>(arguments.program.columns) - tile.column;
-  const int edge = arguments.edge_b;
-  if (left < Config::kN)
-    return {arguments, &arguments.b_edge, RowsInBoxes(left, edge), edge, shared};
-  const int whole = arguments.layout_b == LayoutB::kColumns ? edge
-                    : shared                                ? Config::kN / 2
-                                                            : Config::kN;
-  return {arguments, &arguments.b, Config::kN, whole, shared};
+// Those of A, or of B.
+template <class Config, bool kOfA>
+__device__ __forceinline__ Boxes FindBoxes(const HopperArguments& arguments,
+                                           const TileOrigin& tile) {
+  constexpr int kRows = kOfA ? Config::kM : Config::kN;
+  const bool shared = arguments.pairs == (kOfA ? Pairs::kShareA : Pairs::kShareB);
+  const int all = static_cast<int>(kOfA ? arguments.program.rows : arguments.program.columns);
+  const int left = all - (kOfA ? tile.row : tile.column);
+  const int edge = kOfA ? arguments.edge_a : arguments.edge_b;
+  if (left < kRows) {
+    const CUtensorMap* map = kOfA ? &arguments.a_edge : &arguments.b_edge;
+    return {arguments, map, RowsInBoxes(left, edge), edge, shared};
+  }
+  const bool by_columns = !kOfA && arguments.layout_b == LayoutB::kColumns;
+  const int whole = by_columns ? edge : shared ? kRows / 2 : kRows;
+  return {arguments, kOfA ? &arguments.a : &arguments.b, kRows, whole, shared};
 }
 
 // Brings what a tile that begins at row `origin` of a matrix (or column) has of one plane at `k`.
@@ -116,8 +110,7 @@ __device__ __forceinline__ void ProduceOf(const HopperArguments& arguments, uint
   await_turn();
   for (int round = 1; tile.row >= 0; tile = FindTile<Config>(arguments, round++)) {
     const TileOrigin origin = {Uniform(tile.row), Uniform(tile.column)};
-    const Boxes boxes =
-        kOfA ? BoxesOfA<Config>(arguments, origin) : BoxesOfB<Config>(arguments, origin);
+    const Boxes boxes = FindBoxes<Config, kOfA>(arguments, origin);
     int stages = work.stages;
     if constexpr (Config::kPlanes == 2) {
       if (HasSpecial<Config>(arguments, tile)) stages *= 2;

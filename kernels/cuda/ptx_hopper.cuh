@@ -37,12 +37,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Arrives where `condition` holds; a branch around the arrival would cost more than it does.
-__device__ __forceinline__ void barrier_arrive_if(bool condition, uint32_t barrier) {
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, bool condition = true) {
   asm volatile(
       "{\n"
       ".reg .pred arrives;\n"
@@ -153,13 +149,8 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
   return remote;
 }
 
-// Arrives at a remote barrier, and publishes nothing.
-__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_remote_if(bool condition, uint32_t barrier) {
+// The same at a remote barrier; publishes nothing.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, bool condition = true) {
   asm volatile(
       "{\n"
       ".reg .pred arrives;\n"
