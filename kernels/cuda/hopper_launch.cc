@@ -177,11 +177,27 @@ struct TileCost {
   int16_t split;
   double stage, stage_load, stage_rows;
   double once, once_load, once_rows;
+
+  // The table's order.
+  constexpr bool operator<(const TileCost& other) const {
+    if (planes != other.planes) return planes < other.planes;
+    if (whole_lines != other.whole_lines) return whole_lines > other.whole_lines;
+    if (tile != other.tile) return tile > other.tile;
+    return split < other.split;
+  }
 };
 
 constexpr TileCost kTileCosts[] = {
 #include "hopper_costs.inc"
 };
+
+constexpr bool InOrder() {
+  for (size_t i = 1; i < std::size(kTileCosts); ++i) {
+    if (!(kTileCosts[i - 1] < kTileCosts[i])) return false;
+  }
+  return true;
+}
+static_assert(InOrder(), "Cost looks rows up by halves, at each call");
 
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
@@ -191,13 +207,13 @@ double Cost(const HopperKernel& kernel, const Division& division, const fxfuse_p
   // Of two planes the table does not tell.
   const bool whole_lines =
       kernel.planes > 1 || (WholeLines(problem.lda) && WholeLines(problem.ldb));
-  const int tile = TileNumber(kernel, division.pairs);
-  const auto cost =
-      std::find_if(std::begin(kTileCosts), std::end(kTileCosts), [&](const TileCost& row) {
-        return row.whole_lines == whole_lines && row.planes == kernel.planes && row.tile == tile &&
-               row.split == division.split;
-      });
-  if (cost == std::end(kTileCosts)) return kNever;
+  TileCost wanted = {};
+  wanted.whole_lines = whole_lines;
+  wanted.planes = kernel.planes;
+  wanted.tile = static_cast<int16_t>(TileNumber(kernel, division.pairs));
+  wanted.split = static_cast<int16_t>(division.split);
+  const auto cost = std::lower_bound(std::begin(kTileCosts), std::end(kTileCosts), wanted);
+  if (cost == std::end(kTileCosts) || wanted < *cost) return kNever;
   const int64_t stages = CeilDivide(CeilDivide(problem.k, 64), division.split);
   const int64_t tiles = Grid(kernel, division.pairs, problem).Tiles();
   const int64_t clusters = device.hopper_clusters[division.ClusterSize()];
